@@ -1,0 +1,1 @@
+"""Compact vision-language models of the ALBEF / BLIP family."""

@@ -1,0 +1,302 @@
+"""Every setting of the library, typed: one frozen dataclass for each room, `Config` for a whole run.
+
+This module imports the standard library only, so that every room may import its own settings. Reading YAML, checking types and command-line
+overrides live in `vlm/settings.py`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """The image encoder: any timm backbone."""
+
+    name: str = "vit_base_patch16_224"
+    """timm model name."""
+    image_size: int | None = None
+    """Side of the square input in pixels; null takes timm's for this model."""
+    weights: str | None = None
+    """A local weights file (.safetensors, or a state dict that loads with weights_only)."""
+    pretrained: bool = False
+    """Let timm download its pretrained weights."""
+    frozen: bool = False
+    """Do not train the image encoder."""
+    trainable_blocks: int | None = None
+    """Train only the last N blocks (stages of a convolutional network); null trains all."""
+    batch_norm: Literal["frozen", "sync", "local"] | None = None
+    """Batch-norm statistics; null: frozen when weights are given, local otherwise."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    drop_path: float = 0.0
+    """Stochastic depth rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The text Transformer: BERT's layers."""
+
+    vocab_size: int = 30522
+    """Number of tokens; set from the tokenizer when training starts."""
+    dim: int = 384
+    """Width of the states."""
+    heads: int = 12
+    """Attention heads."""
+    layers: int = 6
+    """Number of layers."""
+    feed_forward_dim: int = 1536
+    """Width inside the feed-forward part."""
+    max_positions: int = 512
+    """Longest text in tokens."""
+    norm_eps: float = 1e-12
+    """Epsilon of the layer norms."""
+    token_types: bool = True
+    """Add BERT's token-type embedding (always type 0)."""
+    dropout: float = 0.1
+    """Dropout in training, on states and attention weights."""
+    cross_attention: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
+    """Indices of the layers with cross-attention: the last ones (ALBEF) or all (BLIP)."""
+    separate_causal_attention: bool = False
+    """The causal mode has self-attention weights of its own (BLIP)."""
+    pad_id: int = 0
+    """The padding token."""
+    activation: str = "gelu"
+    """Activation of the feed-forward part (exact GELU)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The vision-language model: which parts there are and how they are joined."""
+
+    image: ImageConfig = field(default_factory=ImageConfig)
+    """Image encoder."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """Text Transformer: text encoder, fusion encoder and, if shared, decoder."""
+    embed_dim: int = 256
+    """Width E of the image and text embeddings that the contrastive objective compares."""
+    text_pool: Literal["first", "mean"] = "first"
+    """The text's embedding comes from its first token (ALBEF, BLIP), or the mean over its tokens (MiniLM's sentence embedding)."""
+    fusion: Literal["late", "full"] = "full"
+    """late: fusion continues from the text states below the first cross-attention layer (ALBEF); full: it starts from the tokens (BLIP)."""
+    decoder: Literal["shared", "separate"] = "shared"
+    """shared: causal decoding runs through the same layers; separate: a second stack, started from the fusion layers (ALBEF's VQA decoder)."""
+    decoder_layers: int = 6
+    """Layers of a separate decoder, all with cross-attention."""
+    decoder_reads: Literal["image", "question"] = "image"
+    """What a separate decoder attends to: the image tokens, or the states of the question fused with the image."""
+    first_token: dict[str, int] = field(default_factory=dict)
+    """Token ids that replace [CLS] in the modes text, fused, decoder (BLIP's [ENC] and [DEC]); empty: [CLS] stays."""
+    temperature: float = 0.07
+    """Initial temperature of the contrastive objective; it is learned."""
+    label: str = ""
+    """Name for the model card."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Where the tokens come from."""
+
+    source: str | None = None
+    """tokenizer.json, vocab.txt or a folder with one; null takes init_from's, else trains a WordPiece on the training shards' text."""
+    vocab_size: int = 8000
+    """Size of a trained WordPiece vocabulary."""
+    trim: bool = False
+    """Keep only the tokens that occur in the training text (and all single characters)."""
+    trim_to: tuple[str, ...] = ()
+    """More shard folders whose text counts when trimming or training the vocabulary (later tasks of the same model)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitsConfig:
+    """Shard folders of each split; several folders are joined."""
+
+    train: tuple[str, ...] = ()
+    """Folders (or brace patterns) with training shards."""
+    val: tuple[str, ...] = ()
+    """Folders for evaluation while training; selects the best checkpoint."""
+    test: tuple[str, ...] = ()
+    """Folders for the final evaluation only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read and how it is prepared."""
+
+    splits: SplitsConfig = field(default_factory=SplitsConfig)
+    """Shard folders by split."""
+    batch_size: int = 64
+    """Images in one optimizer step, over all ranks and accumulated micro-batches."""
+    streams: int = 64
+    """Number of streams that the epoch's order is cut into; divisible by the number of ranks."""
+    shuffle_block: int = 1000
+    """Records permuted together inside a stream."""
+    workers: int = 2
+    """Loader processes a rank; 0 loads in the training process."""
+    max_bad_fraction: float = 0.1
+    """Stop when more than this share of samples is unusable."""
+    max_tokens: int = 32
+    """Longest caption or question in tokens, [CLS] and [SEP] included."""
+    max_answer_tokens: int = 8
+    """Longest answer in tokens."""
+    prompt: str = ""
+    """Leading words of each caption, not predicted (BLIP: 'a picture of ')."""
+    question_prompt: str = "question: {question} answer:"
+    """How a question becomes a prompt in the VQA form `prompted`."""
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    """Area range of RandomResizedCrop."""
+    flip: bool = True
+    """Flip left-right at random, except where a text of the record says left or right."""
+    randaugment: tuple[int, int] | None = (2, 5)
+    """RandAugment: operations and magnitude, without colour reversal; null turns it off."""
+    allow_overlap: bool = False
+    """Allow evaluation images that are also training images."""
+    blank_images: bool = False
+    """Replace every image by grey: the question-only (or caption-without-image) baseline."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectivesConfig:
+    """Weights of the pretraining objectives (0 leaves one out) and their settings."""
+
+    contrastive: float = 1.0
+    """Image-text contrastive."""
+    matching: float = 1.0
+    """Image-text matching with hard negatives."""
+    masked_language: float = 1.0
+    """Masked language modelling given the image."""
+    captioning: float = 0.0
+    """Causal captioning."""
+    masking_probability: float = 0.15
+    """Share of the tokens hidden for masked_language."""
+    label_smoothing: float = 0.1
+    """Label smoothing of captioning and answers (PyTorch's definition)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VqaConfig:
+    """Visual question answering."""
+
+    form: Literal["encoder_decoder", "prompted"] = "prompted"
+    """encoder_decoder: the question is fused with the image and the decoder attends to its states (ALBEF, BLIP);
+    prompted: the decoder reads the image and the question is its prompt (one model for captions and answers)."""
+    min_answer_count: int = 1
+    """Answers of the training split that occur at least so often form the answer list."""
+    inference: Literal["rank", "generate"] = "rank"
+    """rank: the best of the answer list, exactly; generate: open generation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-4
+    """Peak rate."""
+    lr_factors: dict[str, float] = field(default_factory=dict)
+    """Rate factors by parameter-name prefix, e.g. {image_encoder: 0.1}; the longest matching prefix counts."""
+    weight_decay: float = 0.05
+    """Decay; biases, norms, embeddings of position and temperature never decay."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's betas."""
+    schedule: Literal["cosine", "step", "linear", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    min_lr_factor: float = 0.01
+    """Lowest rate as a share of the peak."""
+    step_factor: float = 0.9
+    """Factor an epoch, for schedule: step."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 does not clip."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The training loop."""
+
+    epochs: float = 10
+    """Passes over the training data; fractions allowed."""
+    accumulate: int = 1
+    """Micro-batches an optimizer step."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """fp32, or bf16 autocast, on the CPU and on a GPU."""
+    averaging: float = 0.0
+    """Decay of the averaged weights (exponential), which are evaluated and saved; 0 turns it off."""
+    log_every: int = 20
+    """Steps between log lines."""
+    evaluate_every: int = 0
+    """Steps between evaluations; 0: at the end of every epoch."""
+    evaluate_images: int = 1000
+    """Images used in evaluations while training."""
+    save_every: int = 500
+    """Steps between saves of the full state; it is also saved at each evaluation and on request."""
+    deterministic: bool = False
+    """Deterministic algorithms only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How captions and answers are produced; stored with the checkpoint."""
+
+    beams: int = 3
+    """Beams; 1 is greedy."""
+    max_length: int = 30
+    """Most tokens generated."""
+    min_length: int = 5
+    """Fewest tokens generated before a caption may end."""
+    length_penalty: float = 1.0
+    """Exponent of the length that a beam's score is divided by."""
+    repetition_penalty: float = 1.0
+    """Divides the probability of tokens already used (1: none)."""
+    no_repeat_ngram: int = 0
+    """Forbid repeating n-grams of this size; 0 allows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    task: Literal["pretraining", "captioning", "vqa", "retrieval"] = "pretraining"
+    """What is trained."""
+    out: str = "runs/default"
+    """The run's folder: log.jsonl, checkpoints (latest, best), config.yaml."""
+    seed: int = 0
+    """Seed of initialisation, order and augmentation."""
+    init_from: str | None = None
+    """A checkpoint folder to start from: weights by name, tokenizer, model settings."""
+    text_weights: str | None = None
+    """A folder with BERT-shaped weights and their tokenizer to start the text Transformer from."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model; with init_from its shape is the checkpoint's, and only image_size, frozen, trainable_blocks, batch_norm, checkpointing,
+    drop_path and dropout are taken from here."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """Tokens."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Data."""
+    objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
+    """Pretraining objectives."""
+    vqa: VqaConfig = field(default_factory=VqaConfig)
+    """Visual question answering."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Loop."""
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    """Decoding."""
+
+
+def checkpoint_metadata(config: Config) -> dict[str, Any]:
+    """The settings that a checkpoint carries for inference: model, prompts, generation and task."""
+    from dataclasses import asdict
+
+    return {
+        "task": config.task,
+        "model": asdict(config.model),
+        "text": {
+            "prompt": config.data.prompt,
+            "question_prompt": config.data.question_prompt,
+            "max_tokens": config.data.max_tokens,
+            "max_answer_tokens": config.data.max_answer_tokens,
+        },
+        "vqa": asdict(config.vqa),
+        "generation": asdict(config.generation),
+    }

@@ -1,0 +1,141 @@
+"""YAML files and command-line overrides into a checked `Config`, and back into YAML."""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm.config import Config
+from vlm.errors import ConfigError
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), program: str = "vlm train") -> Config:
+    """The settings of `path`, on top of its `base:` file if it names one, with `--key value` overrides.
+
+    `--help` among the overrides prints every setting with its meaning and present value and leaves.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, a key is unknown (the nearest known one is named), or a value does not fit.
+    """
+    config = config_from_dict(_read_with_base(Path(path)), str(path))
+    if overrides:
+        import tyro
+
+        config = tyro.cli(Config, default=config, args=list(overrides), prog=f"{program} {path}")
+    check(config)
+    return config
+
+
+def config_from_dict(values: dict[str, Any], source: str) -> Config:
+    """A `Config` from nested dictionaries; `source` is named in errors."""
+    from pydantic import TypeAdapter, ValidationError
+
+    _refuse_unknown_keys(values, Config, source)
+    try:
+        return TypeAdapter(Config).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{source}: {key} = {first['input']!r}: {first['msg']}.") from None
+
+
+def config_to_yaml(config: Config) -> str:
+    """YAML that `load_config` reads back to an equal `Config`."""
+    import yaml
+
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def check(config: Config) -> None:
+    """What single types cannot say.
+
+    Raises:
+        ConfigError: names the keys and how to mend them.
+    """
+    data, train = config.data, config.train
+    if data.batch_size % train.accumulate:
+        raise ConfigError(
+            f"data.batch_size={data.batch_size} is not a multiple of train.accumulate={train.accumulate}; "
+            f"use {data.batch_size // train.accumulate * train.accumulate or train.accumulate}."
+        )
+    for key, value in {
+        "data.batch_size": data.batch_size,
+        "data.streams": data.streams,
+        "data.shuffle_block": data.shuffle_block,
+        "train.epochs": train.epochs,
+        "train.accumulate": train.accumulate,
+        "train.log_every": train.log_every,
+        "generation.beams": config.generation.beams,
+        "generation.max_length": config.generation.max_length,
+    }.items():
+        if value <= 0:
+            raise ConfigError(f"{key}={value} must be above 0.")
+    text = config.model.text
+    if text.dim % text.heads:
+        raise ConfigError(f"model.text.dim={text.dim} is not a multiple of model.text.heads={text.heads}.")
+    bad = [i for i in text.cross_attention if not 0 <= i < text.layers]
+    if bad:
+        raise ConfigError(f"model.text.cross_attention names layers {bad}, but there are {text.layers} (0 to {text.layers - 1}).")
+    if config.task == "vqa" and "{question}" not in data.question_prompt:
+        raise ConfigError(f"data.question_prompt={data.question_prompt!r} must contain {{question}}.")
+    if not 0 <= train.averaging < 1:
+        raise ConfigError(f"train.averaging={train.averaging} is the decay of an average: 0 (off) to below 1, e.g. 0.999.")
+
+
+def _read_with_base(path: Path) -> dict[str, Any]:
+    values = _read_yaml(path)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    below = _read_yaml(path.parent / str(base))
+    if "base" in below:
+        raise ConfigError(f"{path}: base {base} has a base of its own; one level is allowed.")
+    return _merge(below, values)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f" Did you mean {path.parent / near[0]}?" if near else " Configs lie in configs/pretrain and configs/finetune."
+        raise ConfigError(f"{path}: no such config file.{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as text: {error}.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected settings as `key: value`, got {type(values).__name__}.")
+    return values
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _refuse_unknown_keys(values: dict[str, Any], kind: Any, source: str, prefix: str = "") -> None:
+    types = typing.get_type_hints(kind)
+    for key, value in values.items():
+        if key not in types:
+            near = difflib.get_close_matches(str(key), types, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(types)}."
+            raise ConfigError(f"{source}: unknown setting {prefix}{key}; {hint}")
+        if dataclasses.is_dataclass(types[key]) and isinstance(value, dict):
+            _refuse_unknown_keys(value, types[key], source, f"{prefix}{key}.")
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as YAML has no tuples."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
