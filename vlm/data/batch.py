@@ -1,0 +1,147 @@
+"""The written contract between data and model.
+
+Letters: B images, T texts, L tokens of the longest text (rounded up to a multiple of 8), A answers, La tokens of the longest answer, M masked tokens.
+
+Every text is `[CLS] w1 .. wn [SEP]` followed by padding. Several texts may belong to one image and several answers to one question; the index
+tensors say which.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+class _Tensors:
+    """Moves every tensor of a dataclass, and of the dataclasses inside it, at once."""
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        changes: dict[str, Any] = {}
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                changes[f.name] = change(value)
+            elif isinstance(value, _Tensors):
+                changes[f.name] = value._map(change)
+        return replace(self, **changes)  # type: ignore[type-var]
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch on `device`; the copy does not wait when the source is pinned."""
+        return self._map(lambda t: t.to(device, non_blocking=True))
+
+    def pin(self) -> Self:
+        """The same batch in page-locked memory, from which a GPU copies without waiting."""
+        return self._map(lambda t: t.pin_memory())
+
+
+@dataclass(frozen=True)
+class Texts(_Tensors):
+    """Captions, or questions, or a prompt with its continuation.
+
+    ids: (T, L) int64. mask: (T, L) bool, true where a token stands. image: (T,) int64, the row of its image. prompt: (T,) int64, how many leading
+    tokens are not predicted, the first token included (1 without a prompt). weight: (T,) float32, 0 for the slot of a bad sample.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    image: Tensor
+    prompt: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class Answers(_Tensors):
+    """Answers to the texts, which are questions. ids: (A, La), mask: (A, La), text: (A,) row of its question, weight: (A,) float32, count / 10."""
+
+    ids: Tensor
+    mask: Tensor
+    text: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class Masked(_Tensors):
+    """The texts with some tokens hidden. ids: (T, L); positions: (M,) indices into the flattened T x L; labels: (M,) the tokens hidden there."""
+
+    ids: Tensor
+    positions: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Batch(_Tensors):
+    """One step's data.
+
+    images: (B, 3, H, W), uint8 (0..255) or already normalised float. keys: B record names. image_ids: (B,) int64, equal for equal images.
+    sources: for each text the record that it came from (caption, or question with its id and answers): what evaluation and logs need.
+    filled: how many slots hold the preceding good sample because their own was bad, by cause.
+    """
+
+    images: Tensor
+    keys: list[str]
+    image_ids: Tensor
+    texts: Texts
+    answers: Answers | None = None
+    masked: Masked | None = None
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    filled: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @classmethod
+    def fake(
+        cls,
+        images: int = 4,
+        image_size: int = 32,
+        vocab_size: int = 64,
+        length: int = 8,
+        texts_per_image: int = 1,
+        answers: bool = False,
+        masked: bool = False,
+        seed: int = 0,
+    ) -> "Batch":
+        """A valid batch of random content: ids 0..4 are special (PAD, UNK, CLS, SEP, MASK), words are 5 and above."""
+        g = torch.Generator().manual_seed(seed)
+        count = images * texts_per_image
+        ids, mask = _fake_tokens(count, length, vocab_size, g)
+        texts = Texts(
+            ids,
+            mask,
+            torch.arange(images).repeat_interleave(texts_per_image),
+            torch.ones(count, dtype=torch.long),
+            torch.ones(count),
+        )
+        answer_part = masked_part = None
+        if answers:
+            a_ids, a_mask = _fake_tokens(count, 8, vocab_size, g, longest=4)
+            answer_part = Answers(a_ids, a_mask, torch.arange(count), torch.ones(count))
+        if masked:
+            words = (ids >= 5).flatten().nonzero().squeeze(1)
+            positions = words[torch.randperm(len(words), generator=g)[: max(1, len(words) // 4)]].sort().values
+            hidden = ids.flatten().clone()
+            labels = hidden[positions]
+            hidden[positions] = 4
+            masked_part = Masked(hidden.view_as(ids), positions, labels)
+        return cls(
+            torch.randint(0, 256, (images, 3, image_size, image_size), generator=g, dtype=torch.uint8),
+            [f"fake{i}" for i in range(images)],
+            torch.arange(1, images + 1),
+            texts,
+            answer_part,
+            masked_part,
+        )
+
+
+def _fake_tokens(
+    count: int, length: int, vocab_size: int, g: torch.Generator, longest: int | None = None
+) -> tuple[Tensor, Tensor]:
+    lengths = torch.randint(3, (longest or length) + 1, (count,), generator=g)
+    position = torch.arange(length)
+    mask = position < lengths[:, None]
+    ids = torch.randint(5, vocab_size, (count, length), generator=g)
+    ids = torch.where(position == lengths[:, None] - 1, torch.tensor(3), ids)
+    ids[:, 0] = 2
+    return ids.masked_fill(~mask, 0), mask

@@ -1,0 +1,257 @@
+"""Images: from bytes or a file to RGB, and from RGB to a square uint8 tensor, for evaluation and for training."""
+
+import io
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+from torch import Tensor
+
+from vlm.errors import BadImage
+
+MAX_PIXELS = 178_956_970
+"""Larger images are refused unread: Pillow's own limit, 512 MiB as RGB."""
+
+_ORIENTATION = 0x0112
+_GREY = (128, 128, 128)
+_SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
+_FORMATS = "expected JPEG, PNG, WebP or another format that Pillow reads"
+
+
+def decode_image(
+    source: bytes | str | Path, max_pixels: int = MAX_PIXELS, name: str | None = None, at_least: int | None = None
+) -> Image.Image:
+    """Decode a file or its bytes to RGB, in full and turned as its EXIF orientation says; the first frame of an animation.
+
+    Transparency is dropped and not composed on a background, as `convert("RGB")` and therefore BLIP's processing have it. Greyscale of 16 and
+    32 bits is scaled to 8 bits by its range, where Pillow would clip it.
+
+    name: what messages call the image, by default its path. at_least: a JPEG may be decoded at a half, a quarter or an eighth of its size, as long
+    as both sides keep this many pixels: faster, other pixels, hence for training only.
+
+    Raises BadImage with one line when the image is missing, empty, truncated, no image, or has more than `max_pixels` pixels.
+    """
+    name = name or ("image" if isinstance(source, bytes) else str(source))
+    data = source if isinstance(source, bytes) else _read(Path(source), name)
+    image = _open(data, name, max_pixels)
+    size = image.size
+    try:
+        if at_least is not None:
+            image.draft(None, (at_least, at_least))
+        image.load()
+        return _to_rgb(_upright(image))
+    except Exception as error:  # Pillow's decoders raise whatever their format's damage leads to
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadImage(
+            f"{name}: the {image.format} image of {size[0]}x{size[1]} pixels is damaged or cut short ({reason}); get the file again."
+        ) from error
+
+
+def _read(path: Path, name: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise BadImage(f"{name}: no such file; expected the path of an image.") from error
+    except IsADirectoryError as error:
+        raise BadImage(f"{name}: a folder; expected the path of an image.") from error
+    except OSError as error:
+        raise BadImage(f"{name}: cannot be read: {error.strerror or error}.") from error
+
+
+def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
+    """Read the header only, so that a decompression bomb is refused before it takes memory."""
+    if not data:
+        raise BadImage(f"{name}: empty (0 bytes); {_FORMATS}.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"{name}: too large, more than {MAX_PIXELS:,} pixels; reduce the image.") from error
+    except Exception as error:
+        raise BadImage(f"{name}: not an image (the first bytes are {_show(data)}); {_FORMATS}.") from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadImage(
+            f"{name}: too large, {width}x{height} pixels, at most {max_pixels:,} are read; reduce the image."
+        )
+    return image
+
+
+def _show(data: bytes) -> str:
+    return repr(data[:8])[1:]
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turned = image.getexif().get(_ORIENTATION, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image
+    except Exception:  # a damaged EXIF block does not spoil the picture
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(_to_8_bits(np.asarray(image)))
+    elif image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # the same colours, without Pillow's warning
+    elif image.mode in ("RGBa", "La"):  # premultiplied: there is no direct way
+        image = image.convert(image.mode.upper())
+    elif image.mode == "LAB":
+        return _lab_to_rgb(image)
+    return image.convert("RGB")
+
+
+def _to_8_bits(pixels: np.ndarray) -> np.ndarray:
+    """Greyscale of any depth to uint8, by the range of its type: 65,535 for 16 bits and integers that keep to it; 1 or 255 for floats that keep
+    to it; anything else by its own extremes."""
+    values = np.nan_to_num(pixels.astype(np.float64))
+    low, high = float(values.min()), float(values.max())
+    ranges = (1.0, 255.0, 65535.0) if pixels.dtype.kind == "f" else (65535.0,)
+    if low >= 0:
+        low, high = 0.0, next((limit for limit in ranges if high <= limit), high)
+    scaled = (values - low) * (255 / max(high - low, 1e-12))
+    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+
+
+def _lab_to_rgb(image: Image.Image) -> Image.Image:
+    from PIL import ImageCms
+
+    lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    converted = ImageCms.applyTransform(image, ImageCms.buildTransform(lab, rgb, "LAB", "RGB"))
+    assert converted is not None
+    return converted
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """uint8 (3, H, W) of an RGB image."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def mentions_side(texts: Iterable[str]) -> bool:
+    """True where a text says left or right: mirroring its image would make it wrong."""
+    return any(_SIDES.search(text) for text in texts)
+
+
+class EvaluationTransform:
+    """Squash the whole image to the square, as BLIP does; nothing is cropped. RGB image -> uint8 (3, size, size)."""
+
+    at_least: int | None = None
+
+    def __init__(self, size: int, interpolation: str = "bicubic") -> None:
+        """size: side in pixels; interpolation: Pillow's name in lower case."""
+        self.size = size
+        self.interpolation = Image.Resampling[interpolation.upper()]
+
+    def __call__(self, image: Image.Image, allow_flip: bool = False) -> Tensor:  # noqa: ARG002
+        """`allow_flip` has no influence; the training transform takes it."""
+        return to_tensor(image.resize((self.size, self.size), self.interpolation))
+
+
+class TrainingTransform:
+    """A random crop resized to the square, perhaps mirrored, perhaps distorted. RGB image -> uint8 (3, size, size).
+
+    All choices come from torch's global generator: the caller seeds it.
+
+    at_least: how many pixels a side a reduced decoding must keep so that even the smallest crop is not enlarged for it (see `decode_image`).
+    """
+
+    def __init__(
+        self,
+        size: int,
+        scale: tuple[float, float] = (0.5, 1.0),
+        flip: bool = True,
+        randaugment: tuple[int, float] | None = None,
+        reduced_decoding: bool = True,
+    ) -> None:
+        """scale: range of the crop's share of the area. randaugment: how many operations are drawn, and their magnitude from 0 to 10."""
+        from torchvision.transforms import v2
+
+        self.size = size
+        self.flip = flip
+        self.randaugment = randaugment
+        ratio = (3 / 4, 4 / 3)
+        self.crop = v2.RandomResizedCrop(size, scale=scale, ratio=ratio)
+        self.at_least = int(np.ceil(size / (scale[0] * ratio[0]) ** 0.5)) if reduced_decoding else None
+
+    def __call__(self, image: Image.Image, allow_flip: bool = True) -> Tensor:
+        """allow_flip: false where a text of this image says left or right (see `mentions_side`)."""
+        box = self.crop.make_params([image])
+        left, top = box["left"], box["top"]
+        corners = (left, top, left + box["width"], top + box["height"])
+        image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, corners)
+        mirrored = bool(torch.rand(()) < 0.5)  # always drawn, so that the choices after it do not depend on the texts
+        if mirrored and self.flip and allow_flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.randaugment is not None:
+            image = augment(image, *self.randaugment)
+        return to_tensor(image)
+
+
+def augment(image: Image.Image, operations: int, magnitude: float) -> Image.Image:
+    """RandAugment (Cubuk et al. 2020) without the operations that change colours, which captions name: the ten of ALBEF.
+
+    Each of the `operations` drawn is applied half the time. magnitude: 0 (nothing) to 10; signs are drawn.
+    """
+    for _ in range(operations):
+        choice = int(torch.randint(len(OPERATIONS), ()))
+        applied, sign = (torch.rand(2) < 0.5).tolist()
+        if applied:
+            image = distort(image, OPERATIONS[choice], (-magnitude if sign else magnitude) / 10)
+    return image
+
+
+OPERATIONS = (
+    "identity",
+    "autocontrast",
+    "equalize",
+    "brightness",
+    "sharpness",
+    "shear_x",
+    "shear_y",
+    "shift_x",
+    "shift_y",
+    "rotate",
+)
+
+
+def distort(image: Image.Image, operation: str, m: float) -> Image.Image:
+    """One of OPERATIONS at strength m, from -1 to 1."""
+    match operation:
+        case "autocontrast":
+            return ImageOps.autocontrast(image)
+        case "equalize":
+            return ImageOps.equalize(image)
+        case "brightness":
+            return ImageEnhance.Brightness(image).enhance(1 + 0.5 * m)
+        case "sharpness":
+            return ImageEnhance.Sharpness(image).enhance(1 + 0.9 * m)
+        case "shear_x":
+            return _affine(image, shear=(0.3 * m, 0))
+        case "shear_y":
+            return _affine(image, shear=(0, 0.3 * m))
+        case "shift_x":
+            return _affine(image, shift=(0.1 * m, 0))
+        case "shift_y":
+            return _affine(image, shift=(0, 0.1 * m))
+        case "rotate":
+            return image.rotate(30 * m, Image.Resampling.BILINEAR, fillcolor=_GREY)
+    return image
+
+
+def _affine(
+    image: Image.Image, shift: tuple[float, float] = (0.0, 0.0), shear: tuple[float, float] = (0.0, 0.0)
+) -> Image.Image:
+    """Shift by shares of width and height, shear by tangents about the centre; what was outside is grey."""
+    (x, y), (a, b) = shift, shear
+    w, h = image.size
+    output_to_input = (1.0, a, -a * h / 2 - x * w, b, 1.0, -b * w / 2 - y * h)
+    return image.transform(
+        image.size, Image.Transform.AFFINE, output_to_input, Image.Resampling.BILINEAR, fillcolor=_GREY
+    )

@@ -1,0 +1,89 @@
+"""Reads and encodes the samples of streams, and fills the slots of bad ones."""
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import chain, islice
+
+from vlm.data.collate import EncodedSample, SampleEncoder, silenced
+from vlm.data.order import EpochOrder, Place
+from vlm.data.records import BadRecord, ShardReader
+from vlm.errors import BadImage, ConfigError, UserError
+
+# Samples tried for a filler where nothing good precedes; more bad ones in a row mean wrong data or settings.
+LOOK_AHEAD = 200
+
+
+@dataclass
+class Slot:
+    """One place of a global batch: its sample, or none in an evaluation, and what was wrong with its own."""
+
+    place: int
+    sample: EncodedSample | None
+    cause: str | None = None
+    message: str = ""
+
+
+class SampleSource:
+    """Reads and encodes the samples of some streams, and finds fillers."""
+
+    def __init__(self, order: EpochOrder, encode: SampleEncoder, training: bool) -> None:
+        self.order, self.encode, self.training = order, encode, training
+        self.reader = ShardReader()
+        self._fillers: dict[int, EncodedSample] = {}  # by stream: its last good sample
+
+    def slot(self, place: int) -> Slot:
+        j, stream = divmod(place, self.order.streams)
+        record = self.order.place(stream, j)
+        try:
+            sample = self._sample(record)
+        except ConfigError:
+            raise
+        except UserError as error:
+            if not self.training:
+                return Slot(place, None, _cause(error), _message(record, error))
+            if stream not in self._fillers:
+                self._fillers[stream] = self._find(stream, j, error)
+            return Slot(place, silenced(self._fillers[stream]), _cause(error), _message(record, error))
+        if self.training:
+            self._fillers[stream] = sample
+        return Slot(place, sample)
+
+    def _sample(self, place: Place) -> EncodedSample:
+        path = f"{place.shards.root}/{place.shard.name}"  # not a Path: this is done for every record
+        record = self.reader.read(path, place.shards.source, place.number)
+        sample = self.encode(record, self.order.epoch)
+        if not sample.texts:
+            raise BadRecord("no text", f"{record.source}/{record.key} has no text of the kind that is asked for.")
+        return sample
+
+    def _find(self, stream: int, j: int, error: UserError) -> EncodedSample:
+        """The good sample before place j of a stream, else the next one, in this stream or those after it: wherever reading began, the same."""
+        streams = self.order.streams
+        before = ((stream, i) for i in range(j - 1, -1, -1))
+        after = ((stream, i) for i in range(j + 1, self.order.length(stream)))
+        others = (
+            (s % streams, i) for s in range(stream + 1, stream + streams) for i in range(self.order.length(s % streams))
+        )
+        causes = Counter([_cause(error)])
+        for where in chain(before, islice(chain(after, others), LOOK_AHEAD)):
+            try:
+                return self._sample(self.order.place(*where))
+            except ConfigError:
+                raise
+            except UserError as another:
+                causes[_cause(another)] += 1
+        found = ", ".join(f"{count} x {cause}" for cause, count in causes.most_common())
+        message = _message(self.order.place(stream, j), error)
+        raise UserError(
+            f"{causes.total()} samples were tried and none can be used ({found}). For example: {message} Check the data and the settings."
+        )
+
+
+def _cause(error: UserError) -> str:
+    if isinstance(error, BadRecord):
+        return error.cause
+    return "undecodable image" if isinstance(error, BadImage) else "refused by the encoder"
+
+
+def _message(place: Place, error: UserError) -> str:
+    return f"record {place.number} of {place.shard.name}: {error}"

@@ -1,0 +1,196 @@
+"""From records to encoded samples: which texts are taken, how they become tokens, what is masked, how the image is transformed.
+
+Every choice is drawn by key (seed, epoch, source, key, purpose), so a sample is the same wherever and whenever it is encoded.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from vlm.data.collate import EncodedSample, EncodedText
+from vlm.data.images import EvaluationTransform, TrainingTransform, decode_image, mentions_side
+from vlm.data.random import keyed_generator, keyed_random, keyed_seed
+from vlm.data.records import BadRecord, Record
+from vlm.data.text import Tokenizer, clean_answer, clean_caption, clean_question, mask_tokens
+
+Transform = EvaluationTransform | TrainingTransform
+TextsPerImage = Literal["one", "all"]
+
+
+@dataclass(frozen=True)
+class CaptionEncoder:
+    """A record's captions as texts: in training one drawn by key (or all), in evaluation all (or the first)."""
+
+    tokenizer: Tokenizer
+    transform: Transform
+    training: bool
+    max_tokens: int = 40
+    """Longest text in tokens, [CLS], prompt and [SEP] included."""
+    prompt: str = ""
+    """Text before every caption, not to be predicted, such as "a picture of"."""
+    texts_per_image: TextsPerImage = "one"
+    masking_probability: float | None = None
+    """Share of the words to hide for masked language modelling; None: no masking."""
+    seed: int = 0
+
+    @property
+    def pad_id(self) -> int:
+        """The padding token."""
+        return self.tokenizer.pad_id
+
+    def __call__(self, record: Record, epoch: int) -> EncodedSample:
+        """Raises BadRecord without a caption, BadImage without an image."""
+        return _sample(self, record, epoch, self.texts(record, epoch))
+
+    def texts(self, record: Record, epoch: int) -> list[EncodedText]:
+        """The texts of the sample."""
+        captions = [(raw, cleaned) for raw in record.captions if (cleaned := clean_caption(raw))]
+        if not captions:
+            raise BadRecord("no caption", f"no caption in record {record.source}/{record.key}")
+        if self.texts_per_image == "one":
+            captions = [_draw(captions, self.training, self.seed, epoch, record, "caption")]
+        texts = []
+        for number, (raw, cleaned) in enumerate(captions):
+            ids, prompt = self.tokenizer.encode_with_prompt(self.prompt, cleaned, self.max_tokens)
+            source: dict[str, Any] = {"caption": raw}
+            if not self.training:
+                source["references"] = list(record.captions)
+            text = EncodedText(ids, prompt, source=source)
+            texts.append(text if self.masking_probability is None else self._mask(text, record, epoch, number))
+        return texts
+
+    def _mask(self, text: EncodedText, record: Record, epoch: int, number: int) -> EncodedText:
+        t, probability = self.tokenizer, self.masking_probability or 0.0
+        generator = keyed_generator(self.seed, epoch, record.source, record.key, "mask", number)
+        masked, at = mask_tokens(text.ids, t.special_ids, t.vocab_size, t.mask_id, probability, generator)
+        return replace(text, masked_ids=masked, masked_at=at)
+
+
+@dataclass(frozen=True)
+class QuestionEncoder:
+    """A record's questions and answers as texts.
+
+    encoder_decoder: the question is the text, its distinct answers are the text's answers, in training. prompted: question and answer are one text,
+    the question its prompt; in training one text for each distinct answer, in evaluation the prompt alone, without [SEP]. An answer's weight is its
+    share of the answers given (count / 10 in VQA v2).
+    """
+
+    tokenizer: Tokenizer
+    transform: Transform
+    training: bool
+    form: Literal["encoder_decoder", "prompted"] = "encoder_decoder"
+    question_prompt: str = "question: {question} answer:"
+    """The prompted form's prompt; {question} stands for the question."""
+    max_question_tokens: int = 35
+    """Longest question in tokens: `[CLS] question [SEP]`, or `[CLS]` and the whole prompt, in which the question is cut."""
+    max_answer_tokens: int = 10
+    """Longest answer in tokens, counted as `[CLS] answer [SEP]`."""
+    texts_per_image: TextsPerImage = "one"
+    """one: in training one question drawn by key, in evaluation the first."""
+    seed: int = 0
+
+    @property
+    def pad_id(self) -> int:
+        """The padding token."""
+        return self.tokenizer.pad_id
+
+    def __call__(self, record: Record, epoch: int) -> EncodedSample:
+        """Raises BadRecord without a question (in training: with an answer), BadImage without an image."""
+        return _sample(self, record, epoch, self.texts(record, epoch))
+
+    def texts(self, record: Record, epoch: int) -> list[EncodedText]:
+        """The texts of the sample."""
+        questions = [(q, answer_weights(q.get("answers") or [])) for q in record.questions]
+        if self.training:
+            questions = [(q, weights) for q, weights in questions if weights]
+        if not questions:
+            missing = "question with an answer" if self.training else "question"
+            raise BadRecord(f"no {missing}", f"no {missing} in record {record.source}/{record.key}")
+        if self.texts_per_image == "one":
+            questions = [_draw(questions, self.training, self.seed, epoch, record, "question")]
+        encode = self._question if self.form == "encoder_decoder" else self._prompted
+        return [text for question, weights in questions for text in encode(question, weights)]
+
+    def _question(self, question: dict[str, Any], weights: dict[str, float]) -> list[EncodedText]:
+        ids = self.tokenizer.encode(clean_question(question["question"]), self.max_question_tokens)
+        answers = [(self.tokenizer.encode(a, self.max_answer_tokens), w) for a, w in weights.items()]
+        return [EncodedText(ids, source=_source(question), answers=answers if self.training else ())]
+
+    def _prompted(self, question: dict[str, Any], weights: dict[str, float]) -> list[EncodedText]:
+        prompt = self.prompt_ids(question["question"])
+        if not self.training:
+            return [EncodedText(prompt, len(prompt), source=_source(question))]
+        texts = []
+        for answer, weight in weights.items():
+            rest = self.tokenizer.encode(answer, self.max_answer_tokens)[1:]
+            texts.append(EncodedText([*prompt, *rest], len(prompt), weight, _source(question)))
+        return texts
+
+    def prompt_ids(self, question: str) -> list[int]:
+        """`[CLS]` and the prompt with this question, which is cut where it is too long."""
+        before, _, after = self.question_prompt.partition("{question}")
+        first, last = self.tokenizer.pieces(before), self.tokenizer.pieces(after)
+        room = max(self.max_question_tokens - 1 - len(first) - len(last), 0)
+        return [self.tokenizer.cls_id, *first, *self.tokenizer.pieces(clean_question(question))[:room], *last]
+
+
+@dataclass(frozen=True)
+class JointEncoder:
+    """Captions and questions of a record in one sample, for one model that learns both; a record may lack either."""
+
+    caption: CaptionEncoder
+    question: QuestionEncoder
+
+    @property
+    def pad_id(self) -> int:
+        """The padding token."""
+        return self.caption.pad_id
+
+    def __call__(self, record: Record, epoch: int) -> EncodedSample:
+        """Raises BadRecord with neither, BadImage without an image."""
+        texts: list[EncodedText] = []
+        failure: BadRecord | None = None
+        for encoder in (self.caption, self.question):
+            try:
+                texts += encoder.texts(record, epoch)
+            except BadRecord as error:
+                failure = error
+        if not texts and failure is not None:
+            raise failure
+        return _sample(self.caption, record, epoch, texts)
+
+
+def answer_weights(answers: list[str]) -> dict[str, float]:
+    """Each distinct cleaned answer with its share of the answers given; empty ones are left out."""
+    counts = Counter(cleaned for answer in answers if (cleaned := clean_answer(answer)))
+    return {answer: count / len(answers) for answer, count in counts.items()}
+
+
+def _draw(choices: list[Any], training: bool, seed: int, epoch: int, record: Record, purpose: str) -> Any:
+    """One of them: drawn by key in training, the first in evaluation."""
+    if not training:
+        return choices[0]
+    return choices[keyed_seed(seed, epoch, record.source, record.key, purpose) % len(choices)]
+
+
+def _source(question: dict[str, Any]) -> dict[str, Any]:
+    names = ("question_id", "question", "answers", "answer_type", "question_type")
+    return {name: question[name] for name in names if name in question}
+
+
+def _sample(
+    encoder: CaptionEncoder | QuestionEncoder, record: Record, epoch: int, texts: list[EncodedText]
+) -> EncodedSample:
+    image = _image(encoder.transform, encoder.seed, record, epoch)
+    return EncodedSample(record.key, record.image_id, image, texts)
+
+
+def _image(transform: Transform, seed: int, record: Record, epoch: int) -> Tensor:
+    image = decode_image(record.image, name=f"{record.source}/{record.key}", at_least=transform.at_least)
+    if isinstance(transform, EvaluationTransform):
+        return transform(image)
+    texts = [*record.captions, *(str(t) for q in record.questions for t in (q["question"], *(q.get("answers") or [])))]
+    with keyed_random(seed, epoch, record.source, record.key, "image"):
+        return transform(image, allow_flip=not mentions_side(texts))

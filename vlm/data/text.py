@@ -1,0 +1,250 @@
+"""Text: the tokenizer, the cleaning of captions, questions and answers, and masking.
+
+Token ids of a text are always `[CLS] w1 .. wn [SEP]`.
+"""
+
+import json
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from vlm.errors import UserError
+
+_ROLES = {
+    "pad": ("[PAD]", "<pad>"),
+    "unk": ("[UNK]", "<unk>"),
+    "cls": ("[CLS]", "<s>", "<cls>"),
+    "sep": ("[SEP]", "</s>", "<sep>"),
+    "mask": ("[MASK]", "<mask>"),
+}
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+class Tokenizer:
+    """A Hugging Face `tokenizers` tokenizer with BERT's special tokens by role.
+
+    Attributes: `vocab_size`; `pad_id`, `unk_id`, `cls_id`, `sep_id`, `mask_id`; `special_ids`, all ids that stand for no word.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+        """Raises UserError where a special token is missing."""
+        # A file may bring the padding and truncation of its author; the lengths are ours to choose.
+        inner.no_padding()
+        inner.no_truncation()
+        inner.encode_special_tokens = True  # "[SEP]" typed in a caption is text
+        self._inner = inner
+        vocab = inner.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values()) + 1
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
+            _role(vocab, role, names) for role, names in _ROLES.items()
+        )
+        roles = (self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id)
+        added = inner.get_added_tokens_decoder()
+        self.special_ids = frozenset(roles) | {i for i, token in added.items() if token.special}
+
+    def __getstate__(self) -> str:
+        return self.to_json()
+
+    def __setstate__(self, state: str) -> None:
+        self.__init__(tokenizers.Tokenizer.from_str(state))  # type: ignore[misc]
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """From a tokenizer.json, a BERT vocab.txt (taken as lower-case WordPiece), or a folder with one of them."""
+        path = Path(path)
+        if path.is_dir():
+            found = [path / name for name in ("tokenizer.json", "vocab.txt") if (path / name).is_file()]
+            if not found:
+                raise UserError(f"{path}: no tokenizer here; expected tokenizer.json or vocab.txt.")
+            path = found[0]
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; expected a tokenizer.json, a vocab.txt, or a folder with one.")
+        try:
+            if path.suffix == ".txt":
+                tokens = path.read_text(encoding="utf-8").splitlines()
+                return cls(_bert({token: i for i, token in enumerate(tokens)}))
+            return cls(tokenizers.Tokenizer.from_file(str(path)))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        except Exception as error:  # the Rust library raises plain Exception
+            raise UserError(f"{path}: not a tokenizer ({str(error)[:200]}); expected a tokenizer.json.") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write a tokenizer.json that Hugging Face's libraries read too; into `path/tokenizer.json` where `path` is a folder."""
+        path = Path(path)
+        path = path / "tokenizer.json" if path.is_dir() else path
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(self.to_json(), encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def to_json(self) -> str:
+        """What `save` writes."""
+        return self._inner.to_str(pretty=True)
+
+    def pieces(self, text: str) -> list[int]:
+        """Token ids of a text alone, without [CLS] and [SEP]."""
+        return self._inner.encode(text, add_special_tokens=False).ids
+
+    def encode(self, text: str, max_length: int | None = None, prompt: str = "") -> list[int]:
+        """`[CLS] prompt text [SEP]`, cut to `max_length` tokens by leaving out the last ones before [SEP]."""
+        return self.encode_with_prompt(prompt, text, max_length)[0]
+
+    def encode_with_prompt(self, prompt: str, text: str, max_length: int | None = None) -> tuple[list[int], int]:
+        """As `encode`, and how many leading tokens are not to be predicted: [CLS] and the prompt's.
+
+        The prompt is encoded apart, so its tokens are the same whatever follows.
+        """
+        before = [self.cls_id, *self.pieces(prompt)] if prompt else [self.cls_id]
+        ids = [*before, *self.pieces(text)]
+        if max_length is not None:
+            ids = ids[: max(max_length - 1, 1)]
+        return [*ids, self.sep_id], min(len(before), len(ids))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids: special tokens left out, word pieces joined, no space before punctuation (as transformers does it)."""
+        special = self.special_ids
+        return self._inner.decode([i for i in ids if i not in special]).strip()
+
+    def tokens(self, ids: Iterable[int]) -> list[str]:
+        """The token strings of ids, "" for an id without a token."""
+        return [self._inner.id_to_token(i) or "" for i in ids]
+
+
+def _role(vocab: dict[str, int], role: str, names: Sequence[str]) -> int:
+    for name in names:
+        if name in vocab:
+            return vocab[name]
+    raise UserError(f"the tokenizer has no {role} token; expected one of {', '.join(names)} in its vocabulary.")
+
+
+def _bert(vocab: dict[str, int]) -> tokenizers.Tokenizer:
+    """BERT's uncased tokenizer over a vocabulary, which may still be empty."""
+    inner = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
+    inner.normalizer = normalizers.BertNormalizer(lowercase=True)
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    inner.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    present = [token for token in _SPECIAL if token in vocab]
+    inner.add_special_tokens(present)
+    _frame(inner)
+    return inner
+
+
+def _frame(inner: tokenizers.Tokenizer) -> None:
+    """Let other readers of the tokenizer.json put [CLS] and [SEP] around a text, as we do."""
+    cls_id, sep_id = inner.token_to_id("[CLS]"), inner.token_to_id("[SEP]")
+    if cls_id is not None and sep_id is not None:
+        inner.post_processor = processors.BertProcessing(("[SEP]", sep_id), ("[CLS]", cls_id))
+
+
+def train_wordpiece(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> Tokenizer:
+    """A lower-case WordPiece vocabulary of at most `vocab_size` tokens, of pieces that occur `min_frequency` times in `texts`.
+
+    Ids 0 to 4 are [PAD] [UNK] [CLS] [SEP] [MASK].
+    """
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=list(_SPECIAL), show_progress=False
+    )
+    inner = _bert({})
+    with _one_thread():
+        inner.train_from_iterator(texts, trainer)
+    return Tokenizer(_bert(inner.get_vocab()))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """`tokenizers` that has used threads complains in every process forked later, thus in all loader workers."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def trim(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[Tokenizer, list[int]]:
+    """A WordPiece tokenizer with fewer tokens, and for each of its ids the id before: `embedding[kept]` is its embedding.
+
+    Kept are the tokens that occur in `texts`, the special ones, and all single characters, so that any other word can still be spelt. The texts
+    are tokenized as before: WordPiece takes the longest piece that fits, and that one is still there.
+    """
+    content: dict[str, Any] = json.loads(tokenizer.to_json())
+    if content["model"]["type"] != "WordPiece":
+        raise UserError(
+            f"only WordPiece can be trimmed, this tokenizer is {content['model']['type']}; set trim to false."
+        )
+    vocab: dict[str, int] = tokenizer._inner.get_vocab(with_added_tokens=True)
+    kept = set(tokenizer.special_ids)
+    kept.update(i for token, i in vocab.items() if len(token.removeprefix("##")) == 1)
+    for text in texts:
+        kept.update(tokenizer.pieces(text))
+    old_ids = sorted(kept)
+    new_ids = {old: new for new, old in enumerate(old_ids)}
+
+    words: dict[str, int] = content["model"]["vocab"]
+    content["model"]["vocab"] = {token: new_ids[i] for token, i in words.items() if i in new_ids}
+    added = [token for token in content["added_tokens"] if token["id"] in new_ids]
+    content["added_tokens"] = [{**token, "id": new_ids[token["id"]]} for token in added]
+    content["post_processor"] = None  # holds old ids
+    inner = tokenizers.Tokenizer.from_str(json.dumps(content))
+    _frame(inner)
+    return Tokenizer(inner), old_ids
+
+
+def clean_caption(text: str, max_words: int = 50) -> str:
+    """Lower case, without the punctuation `.!"()*#:;~`, single spaces, the first `max_words` words: BLIP's way."""
+    return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()[:max_words])
+
+
+def clean_question(text: str, max_words: int = 50) -> str:
+    """As captions, and without the question mark."""
+    return clean_caption(text.replace("?", " "), max_words)
+
+
+def clean_answer(text: str) -> str:
+    """Lower case, single spaces, without punctuation at either end; "" where nothing is left."""
+    return " ".join(text.lower().split()).strip(" .,!?;:\"'()*#~")
+
+
+def mask_tokens(
+    ids: Sequence[int],
+    special_ids: Collection[int],
+    vocab_size: int,
+    mask_id: int,
+    probability: float,
+    generator: torch.Generator,
+) -> tuple[list[int], list[int]]:
+    """BERT's masking: the ids with some hidden, and the positions of those, which are to be predicted.
+
+    Each token that is not special is chosen with `probability`, so a short text may have none chosen. A chosen one becomes [MASK] in 80 % of
+    the cases, any token but a special one in 10 %, and stays in 10 %.
+    """
+    chosen, kind = torch.rand(2, len(ids), generator=generator).tolist()
+    positions = [at for at, i in enumerate(ids) if chosen[at] < probability and i not in special_ids]
+    masked = list(ids)
+    for at in positions:
+        if kind[at] < 0.8:
+            masked[at] = mask_id
+        elif kind[at] < 0.9:
+            masked[at] = _random_word(special_ids, vocab_size, generator)
+    return masked, positions
+
+
+def _random_word(special_ids: Collection[int], vocab_size: int, generator: torch.Generator) -> int:
+    word = int(torch.randint(vocab_size - len(special_ids), (), generator=generator))
+    for special in sorted(special_ids):  # count over the special ids
+        word += word >= special
+    return word
