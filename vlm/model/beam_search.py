@@ -1,0 +1,174 @@
+"""Beam search with caches; the n beams of a prompt share its memory without copying it.
+
+Letters: B prompts, n beams, L tokens of the longest prompt, V vocabulary, M tokens produced at most.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlm.model.attention import CrossMemory
+from vlm.model.generation import (
+    Decoder,
+    Generated,
+    Rules,
+    aligned_history,
+    cut,
+    greedy,
+    kept_memory,
+    next_logits,
+    read_prompt,
+)
+
+
+@dataclass
+class _Texts:
+    """Some texts of each prompt. tokens: (B, n, M). logprobs: (B, n, M), the model's own. scores: (B, n), what is compared; -inf: there is none."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    scores: Tensor
+
+    def take(self, index: Tensor) -> "_Texts":
+        """For each prompt the texts index (B, k), in that order."""
+        wide = index[..., None].expand(-1, -1, self.tokens.shape[2])
+        return _Texts(self.tokens.gather(1, wide), self.logprobs.gather(1, wide), self.scores.gather(1, index))
+
+    def rows(self, kept: Tensor) -> "_Texts":
+        """The prompts `kept` only."""
+        return _Texts(self.tokens[kept], self.logprobs[kept], self.scores[kept])
+
+    @staticmethod
+    def best(one: "_Texts", other: "_Texts", count: int) -> "_Texts":
+        """The `count` best of both, best first."""
+        both = _Texts(
+            torch.cat([one.tokens, other.tokens], 1),
+            torch.cat([one.logprobs, other.logprobs], 1),
+            torch.cat([one.scores, other.scores], 1),
+        )
+        return both.take(both.scores.topk(count, dim=1).indices)
+
+
+@torch.no_grad()
+def beam_search(
+    model: Decoder,
+    memory: CrossMemory,
+    ids: Tensor,
+    mask: Tensor | None,
+    rules: Rules,
+    beams: int = 3,
+    length_penalty: float = 1.0,
+    exhaustive: bool = False,
+) -> list[Generated]:
+    """For each prompt the finished text with the largest sum of log-probabilities / length ** length_penalty that the search meets.
+
+    ids, mask: prompts as `read_prompt` takes them. memory: of B rows, or of a divisor of B. One beam is `greedy`. The results are those of
+    transformers' `generate`: penalties act on log-probabilities, the length counts the produced tokens and the end, and of 2 n candidates the
+    first n may finish.
+
+    exhaustive: False stops a prompt when n texts are finished and the best running one is worse at its present length (transformers'
+    default); True stops exactly when no running text can beat the best finished one any more (its `early_stopping="never"`).
+    """
+    if beams < 1:
+        raise ValueError(f"beams={beams}: give at least 1, which is greedy decoding.")
+    if beams == 1:
+        return greedy(model, memory, ids, mask, rules)
+    if len(ids) == 0:
+        return []
+    search = _Search(rules, beams, length_penalty, exhaustive)
+    logits, cache = read_prompt(model, memory, ids, mask, rules.max_length)
+    prompts = torch.arange(len(ids), device=ids.device)
+    results: dict[int, Generated] = {}
+    first = prompts.repeat_interleave(beams)
+    logits, history, cache = logits[first], aligned_history(ids, mask)[first], cache.select(first)
+    running = _empty(len(ids), beams, rules, logits)
+    finished = _empty(len(ids), beams, rules, logits)
+    running.scores[:, 0] = 0.0
+    done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    for produced in range(rules.max_length):
+        parents, running, finished = search.advance(logits, history, running, finished, done, produced)
+        done = done | search.settled(running, finished, produced + 1)
+        over = produced + 1 == rules.max_length or bool(done.all())
+        if over or int(done.sum()) * 2 >= len(prompts):
+            leaving = torch.ones_like(done) if over else done
+            results.update(_collect(prompts[leaving], finished.rows(leaving), rules))
+        if over:
+            break
+        if int(done.sum()) * 2 >= len(prompts):
+            kept = (~done).nonzero().squeeze(1)
+            running, finished, parents, memory = (
+                running.rows(kept),
+                finished.rows(kept),
+                parents[kept],
+                kept_memory(memory, kept, len(done)),
+            )
+            prompts, done = prompts[kept], done[kept]
+            cache = cache.select(parents.flatten())
+        else:
+            cache.reorder(parents.flatten())
+        token = running.tokens[:, :, produced].flatten()
+        history = torch.cat([history[parents.flatten()], token[:, None]], dim=1)
+        logits = next_logits(model, memory, token, cache)
+    return [results[i] for i in range(len(ids))]
+
+
+@dataclass(frozen=True)
+class _Search:
+    """One step of the search, and when it may stop."""
+
+    rules: Rules
+    beams: int
+    length_penalty: float
+    exhaustive: bool
+
+    def advance(
+        self, logits: Tensor, history: Tensor, running: _Texts, finished: _Texts, done: Tensor, produced: int
+    ) -> tuple[Tensor, _Texts, _Texts]:
+        """The rows (B, n) that live on, the running and the finished texts after one more token. logits: (B * n, V)."""
+        prompts, beams, vocabulary = len(done), self.beams, logits.shape[1]
+        own = logits.log_softmax(1)
+        totals = self.rules.apply(own, history, produced).view(prompts, beams, vocabulary) + running.scores[:, :, None]
+        # Each beam can end once, so 2 n candidates leave n that run on.
+        scores, index = totals.flatten(1).topk(min(2 * beams, beams * vocabulary), dim=1)
+        parent, token = index // vocabulary, index % vocabulary
+        grown = running.take(parent)
+        grown.tokens[:, :, produced] = token
+        grown.logprobs[:, :, produced] = own.view(prompts, -1).gather(1, index)
+        ends = token == self.rules.end_id
+        over = produced + 1 == self.rules.max_length
+        may_finish = (ends | over) & ~done[:, None]
+        may_finish[:, beams:] = False
+        normed = scores / (produced + 1) ** self.length_penalty
+        finished = _Texts.best(
+            finished, _Texts(grown.tokens, grown.logprobs, normed.masked_fill(~may_finish, -math.inf)), beams
+        )
+        going = scores.masked_fill(ends, -math.inf)
+        chosen = going.topk(beams, dim=1).indices
+        running = _Texts(grown.tokens, grown.logprobs, going).take(chosen)
+        rows = parent.gather(1, chosen) + torch.arange(prompts, device=parent.device)[:, None] * beams
+        return rows, running, finished
+
+    def settled(self, running: _Texts, finished: _Texts, produced: int) -> Tensor:
+        """(B,) bool: prompts whose finished texts stand. Sums of log-probabilities only fall, which bounds what can still come."""
+        best = running.scores[:, 0]
+        settled: Tensor
+        if self.exhaustive:
+            # A positive exponent favours length: the bound is at the greatest; else at the next one.
+            length = self.rules.max_length if self.length_penalty > 0 else produced + 1
+            settled = best / length**self.length_penalty <= finished.scores[:, 0]
+        else:
+            settled = best / produced**self.length_penalty <= finished.scores[:, -1]
+        return settled
+
+
+def _empty(prompts: int, beams: int, rules: Rules, like: Tensor) -> _Texts:
+    shape = (prompts, beams, rules.max_length)
+    tokens = torch.full(shape, rules.end_id, device=like.device)
+    return _Texts(tokens, like.new_zeros(shape), like.new_full(shape[:2], -math.inf))
+
+
+def _collect(prompts: Tensor, finished: _Texts, rules: Rules) -> dict[int, Generated]:
+    best = cut(finished.tokens[:, 0], finished.logprobs[:, 0], rules.end_id, finished.scores[:, 0].tolist())
+    return dict(zip(prompts.tolist(), best, strict=True))

@@ -1,0 +1,249 @@
+"""Greedy and sampled decoding with caches, and what beam search and answer ranking share with them.
+
+Letters: B prompts, R rows that are decoded together, L tokens of the longest prompt, V vocabulary, N history so far.
+
+Prompts of several lengths stand in one batch, padded at their ends: the padding stays in the cache as holes, and each row counts its own positions,
+so no result depends on what else is in the batch. Rows that have ended leave the batch as soon as half of it has.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from vlm.model.attention import CrossMemory
+from vlm.model.text_cache import TextCache
+
+
+class Decoder(Protocol):
+    """What decoding needs of a model; `VisionLanguageModel` is one."""
+
+    def new_cache(self, rows: int, max_length: int) -> TextCache:
+        """An empty cache for R rows of up to max_length tokens."""
+        ...
+
+    def decode_states(
+        self, ids: Tensor, memory: CrossMemory, mask: Tensor | None = None, cache: TextCache | None = None
+    ) -> Tensor:
+        """Causal states (R, L, D) of `ids` (R, L), which follow the cache's positions. memory: of R rows, or of a divisor of R."""
+        ...
+
+    def language_logits(self, states: Tensor) -> Tensor:
+        """(..., D) states to (..., V) logits of the next token."""
+        ...
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One produced text.
+
+    ids: the tokens after the prompt, without the end token. token_logprobs: the model's own log-probabilities of these tokens and, where the text
+    ended by itself, of the end token; no penalty enters here. key: what the search compared, 0 where nothing was compared.
+    """
+
+    ids: list[int]
+    token_logprobs: list[float]
+    key: float = 0.0
+
+    @property
+    def score(self) -> float:
+        """Log-probability of the text given the prompt."""
+        return math.fsum(self.token_logprobs)
+
+    @property
+    def probability(self) -> float:
+        """Of the whole text, its end included: an answer's confidence."""
+        return math.exp(self.score)
+
+    @property
+    def confidence(self) -> float:
+        """Geometric mean of the words' probabilities: a caption's confidence; 0 for a text without words."""
+        words = self.token_logprobs[: len(self.ids)]
+        return math.exp(math.fsum(words) / len(words)) if words else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What a produced text must keep to. The penalties count the prompt's tokens too, as transformers does.
+
+    end_id: the token that ends a text ([SEP]). max_length: most tokens produced, the end included. min_length: tokens before the end is allowed.
+    repetition_penalty: divides the score of a token already used where it is positive, multiplies it where negative (Keskar et al. 2019; 1: none).
+    no_repeat_ngram: no n-gram of this size occurs twice (0: allowed). A row with no token left may only end.
+    """
+
+    end_id: int
+    max_length: int
+    min_length: int = 0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_length < self.max_length:
+            raise ValueError(
+                f"min_length={self.min_length} and max_length={self.max_length}: give 0 <= min_length < max_length."
+            )
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1 is none.")
+        if self.no_repeat_ngram < 0:
+            raise ValueError(f"no_repeat_ngram={self.no_repeat_ngram} must not be negative; 0 allows repetition.")
+
+    def apply(self, scores: Tensor, history: Tensor, produced: int) -> Tensor:
+        """Scores (R, V) with -inf where a token is forbidden. history: (R, N), -1 before a row's first token. produced: tokens after the prompt."""
+        vocabulary, size = scores.shape[1], self.no_repeat_ngram
+        if self.repetition_penalty != 1:
+            penalty = self.repetition_penalty
+            punished = torch.where(scores < 0, scores * penalty, scores / penalty)
+            scores = torch.where(_flags(history, vocabulary), punished, scores)
+        allowed_end = scores[:, self.end_id]
+        if size and history.shape[1] >= size:
+            # An n-gram would be completed by the next token if it starts with the history's last size - 1 tokens.
+            windows = history.unfold(1, size, 1)
+            repeats = (windows[..., :-1] == history[:, None, history.shape[1] - size + 1 :]).all(-1)
+            scores = scores.masked_fill(_flags(windows[..., -1].masked_fill(~repeats, -1), vocabulary), -math.inf)
+        if produced < self.min_length:
+            scores = scores.index_fill(1, torch.tensor(self.end_id, device=scores.device), -math.inf)
+        if size:
+            stuck = (scores == -math.inf).all(1)
+            end = torch.where(stuck, allowed_end, scores[:, self.end_id])
+            scores = scores.index_copy(1, torch.tensor([self.end_id], device=scores.device), end[:, None])
+        return scores
+
+
+def _flags(tokens: Tensor, vocabulary: int) -> Tensor:
+    """(R, N) tokens, -1 for none -> (R, V) bool: which occur."""
+    flags = torch.zeros(len(tokens), vocabulary + 1, dtype=torch.bool, device=tokens.device)
+    return flags.scatter_(1, tokens.masked_fill(tokens < 0, vocabulary), True)[:, :vocabulary]
+
+
+def exact_logits(model: Decoder, states: Tensor) -> Tensor:
+    """Logits in fp32, or fp64 where the model computes in it."""
+    logits = model.language_logits(states)
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def read_prompt(
+    model: Decoder, memory: CrossMemory, ids: Tensor, mask: Tensor | None, max_new: int
+) -> tuple[Tensor, TextCache]:
+    """Logits (B, V) of the token after each prompt, and a cache with room for max_new more.
+
+    ids: (B, L), first token included. mask: (B, L), true at tokens, which come first in each row; None for equally long prompts.
+    """
+    if mask is not None and bool(mask.all()):
+        mask = None
+    cache = model.new_cache(len(ids), ids.shape[1] + max_new)
+    states = model.decode_states(ids, memory, mask, cache)
+    if mask is None:
+        return exact_logits(model, states[:, -1]), cache
+    last = mask.sum(1) - 1
+    return exact_logits(model, states[torch.arange(len(ids), device=ids.device), last]), cache
+
+
+def next_logits(model: Decoder, memory: CrossMemory, tokens: Tensor, cache: TextCache) -> Tensor:
+    """Logits (R, V) after one more token (R,) in each row."""
+    return exact_logits(model, model.decode_states(tokens[:, None], memory, None, cache)[:, -1])
+
+
+def kept_memory(memory: CrossMemory, kept: Tensor, rows: int) -> CrossMemory:
+    """The memory of the rows `kept`, one each, of `rows` that may have shared it."""
+    return memory.select(kept // (rows // len(memory)))
+
+
+def aligned_history(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """The prompts (B, L) moved to the right, -1 before them, so that what is produced follows each without a gap."""
+    if mask is None:
+        return ids
+    length = ids.shape[1]
+    source = torch.arange(length, device=ids.device) - (length - mask.sum(1, keepdim=True))
+    return ids.gather(1, source.clamp(min=0)).masked_fill(source < 0, -1)
+
+
+def cut(tokens: Tensor, logprobs: Tensor, end_id: int, keys: Sequence[float] | None = None) -> list[Generated]:
+    """Rows (R, M) of tokens and their log-probabilities up to the first end token."""
+    results = []
+    for row, (ids, values) in enumerate(zip(tokens.tolist(), logprobs.tolist(), strict=True)):
+        words = ids.index(end_id) if end_id in ids else len(ids)
+        results.append(Generated(ids[:words], values[: words + 1], 0.0 if keys is None else keys[row]))
+    return results
+
+
+Choose = Callable[[Tensor, Tensor], Tensor]
+
+
+@torch.no_grad()
+def _decode(
+    model: Decoder, memory: CrossMemory, ids: Tensor, mask: Tensor | None, rules: Rules, choose: Choose
+) -> list[Generated]:
+    """One text for each prompt; `choose(scores (R, V), rows (R,))` picks the next token (R,) of the prompts `rows`."""
+    if len(ids) == 0:
+        return []
+    logits, cache = read_prompt(model, memory, ids, mask, rules.max_length)
+    history = aligned_history(ids, mask)
+    rows = torch.arange(len(ids), device=ids.device)
+    tokens = torch.full((len(ids), rules.max_length), rules.end_id, device=ids.device)
+    logprobs = logits.new_zeros(tokens.shape)
+    for produced in range(rules.max_length):
+        token = choose(rules.apply(logits, history, produced), rows)
+        tokens[rows, produced] = token
+        logprobs[rows, produced] = logits.gather(1, token[:, None]).squeeze(1) - logits.logsumexp(1)
+        running = (token != rules.end_id) & ~(tokens[rows, :produced] == rules.end_id).any(1)
+        left = int(running.sum())
+        if left == 0 or produced + 1 == rules.max_length:
+            break
+        history = torch.cat([history, token[:, None]], dim=1)
+        if left * 2 <= len(rows):
+            kept = running.nonzero().squeeze(1)
+            memory = kept_memory(memory, kept, len(rows))
+            cache, rows, token, history = cache.select(kept), rows[kept], token[kept], history[kept]
+        logits = next_logits(model, memory, token, cache)
+    return cut(tokens, logprobs, rules.end_id)
+
+
+def greedy(model: Decoder, memory: CrossMemory, ids: Tensor, mask: Tensor | None, rules: Rules) -> list[Generated]:
+    """The likeliest next token each time. ids, mask: prompts as `read_prompt` takes them; memory: of B rows, or of a divisor of B."""
+    return _decode(model, memory, ids, mask, rules, lambda scores, _: scores.argmax(1))
+
+
+def sample(
+    model: Decoder,
+    memory: CrossMemory,
+    ids: Tensor,
+    mask: Tensor | None,
+    rules: Rules,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+) -> list[Generated]:
+    """Draws each token after the rules, then temperature, top_k (0: all) and nucleus top_p (1: all), in transformers' order.
+
+    generator: one for the batch; or one for each prompt, so that a prompt's text does not depend on the batch.
+    """
+    if temperature <= 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"{temperature=}, {top_k=}, {top_p=}: give temperature > 0, top_k >= 0 and 0 < top_p <= 1.")
+    count = len(ids)
+
+    def choose(scores: Tensor, rows: Tensor) -> Tensor:
+        ordered, tokens = (scores / temperature).sort(dim=1, descending=True)
+        if top_k:
+            ordered = ordered.masked_fill(ordered < ordered[:, min(top_k, ordered.shape[1]) - 1, None], -math.inf)
+        chances = ordered.softmax(1)
+        chances = chances.masked_fill(chances.cumsum(1) - chances >= top_p, 0.0)
+        # The inverse of the distribution function, at one uniform number for each prompt, in the batch or not.
+        drawn = _uniform(count, generator).to(scores)[rows, None] * chances.sum(1, keepdim=True)
+        place = torch.searchsorted(chances.cumsum(1), drawn, right=True)
+        # Rounding may lead one step behind the last possible token.
+        place = torch.minimum(place, (chances > 0).sum(1, keepdim=True) - 1)
+        return tokens.gather(1, place).squeeze(1)
+
+    return _decode(model, memory, ids, mask, rules, choose)
+
+
+def _uniform(count: int, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.rand(
+            count, generator=generator, dtype=torch.float64, device=generator.device if generator else None
+        )
+    return torch.cat([torch.rand(1, generator=g, dtype=torch.float64, device=g.device).cpu() for g in generator])

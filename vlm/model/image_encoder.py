@@ -1,0 +1,283 @@
+"""ImageEncoder: any timm backbone, from pixels to image tokens.
+
+Letters: B images, H and W pixels, P image tokens, D their width, h x w the grid of patches or of the last feature map.
+"""
+
+import difflib
+from typing import Any, Self
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import resolve_model_data_config
+from timm.layers import convert_sync_batchnorm
+from timm.models import group_parameters
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from vlm.config import ImageConfig
+from vlm.errors import ConfigError, UserError
+from vlm.model.image_weights import load_weights
+
+
+class ImageEncoder(nn.Module):
+    """Image tokens of any timm model, for cross-attention and for the image embedding.
+
+    A Transformer (ViT, DeiT, BEiT, EVA) gives all its tokens after its last norm, the class token first. A convolutional network gives its last
+    feature map, row by row, plus learned positions, which are interpolated where the image size changes.
+
+    Attributes: `dim`, the width D; `image_size`, the side in pixels of the images that it was built for; `prefix`, how many tokens stand before
+    the patches (class and register tokens); `backbone`, the timm model; buffers `mean` and `std` (1, 3, 1, 1), timm's for this model, which are
+    part of the weights, so that a checkpoint keeps the normalisation that it was trained with.
+    """
+
+    backbone: Any  # an nn.Module with timm's further methods
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ImageConfig, load: bool = True) -> None:
+        """Build from settings; `load=False` leaves out the pretrained weights, because a checkpoint follows.
+
+        Raises ConfigError for a name or a setting that timm does not know, CheckpointError for a weights file that does not fit.
+        """
+        super().__init__()
+        self.config = config
+        self.backbone = _create(config, download=load and config.pretrained and config.weights is None)
+        if load and config.weights is not None:
+            load_weights(self.backbone, config.weights, config.name)
+        # Not at creation: a model whose head normalises the pooled features needs those weights, and applies them to each token from here on.
+        self.backbone.reset_classifier(0, "")
+
+        data = resolve_model_data_config(self.backbone)
+        native: int = data["input_size"][-1]
+        built = getattr(getattr(self.backbone, "patch_embed", None), "img_size", None)
+        self.image_size: int = built[0] if built is not None else native
+        self.register_buffer("mean", torch.tensor(data["mean"]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(data["std"]).view(1, 3, 1, 1))
+
+        given = config.weights is not None or config.pretrained
+        self.batch_norm = config.batch_norm or ("frozen" if given else "local")
+        if self.batch_norm == "sync":
+            self.backbone = convert_sync_batchnorm(self.backbone)
+        if config.checkpointing:
+            self.backbone.set_grad_checkpointing(True)
+
+        self.positions: nn.Parameter | None = None  # (1, D, h, w)
+        if hasattr(self.backbone, "num_prefix_tokens"):
+            self.prefix = int(self.backbone.num_prefix_tokens)
+            self.dim = int(self.backbone.embed_dim)
+        else:
+            self._probe()
+        self.resize(config.image_size or native)
+        self.frozen = config.frozen or config.trainable_blocks == 0
+        self._freeze()
+        self.train()
+
+    def _probe(self) -> None:
+        """Learn width and grid from one forward pass: the names that timm's networks give them differ."""
+        features = self._probe_features(self.image_size)
+        self.dim = features.shape[1] if features.ndim == 4 else features.shape[2]
+        self.prefix = int(features.ndim == 3 and hasattr(self.backbone, "cls_token"))
+        if features.ndim == 4:
+            self.backbone.to(memory_format=torch.channels_last)
+            self.positions = nn.Parameter(torch.empty(1, self.dim, *features.shape[2:]))
+            nn.init.trunc_normal_(self.positions, std=0.02)
+
+    @torch.no_grad()
+    def _probe_features(self, image_size: int) -> Tensor:
+        training = self.training
+        self.eval()
+        features = self._features(self.mean.new_zeros(1, 3, image_size, image_size))
+        self.train(training)
+        return features
+
+    def resize(self, image_size: int) -> Self:
+        """Make it an encoder of images of another size: positions are interpolated in place, as timm does it.
+
+        Raises ConfigError where the backbone cannot take that size.
+        """
+        if image_size == self.image_size:
+            return self
+        if hasattr(self.backbone, "set_input_size"):
+            trained = {name: p.requires_grad for name, p in self.backbone.named_parameters()}
+            try:
+                self.backbone.set_input_size(img_size=(image_size, image_size))
+            except (AssertionError, ValueError) as error:
+                raise ConfigError(f"image.image_size={image_size} does not suit {self.config.name}: {error}") from error
+            for name, p in self.backbone.named_parameters():
+                p.requires_grad_(trained.get(name, True))
+        elif self.backbone.pretrained_cfg.get("fixed_input_size"):
+            raise ConfigError(
+                f"{self.config.name} takes images of {self.image_size} px only, image.image_size={image_size}; leave it out."
+            )
+        if self.positions is not None:
+            grid = self._probe_features(image_size).shape[2:]
+            with torch.no_grad():
+                resized = _interpolate(self.positions, (grid[0], grid[1]))
+            self.positions = nn.Parameter(resized, requires_grad=self.positions.requires_grad)
+        self.image_size = image_size
+        return self
+
+    def _freeze(self) -> None:
+        """Stop the gradients of all parts of the backbone that the settings exclude from training."""
+        blocks = self.config.trainable_blocks
+        if self.frozen:
+            self.backbone.requires_grad_(False)
+        elif blocks is not None:
+            # Groups are the stem and then the blocks, each with the norm or projection that follows it.
+            groups = list(group_parameters(self.backbone, self.backbone.group_matcher(coarse=True)).values())
+            shapes = {name: p.ndim for name, p in self.backbone.named_parameters()}
+            if all(shapes[name] == 1 for name in groups[-1]):  # a norm alone (ConvNeXt) is no block
+                groups[-2:] = [groups[-2] + groups[-1]]
+            if blocks > len(groups):
+                raise ConfigError(
+                    f"image.trainable_blocks={blocks}, but {self.config.name} has {len(groups) - 1} blocks and a stem; null trains all."
+                )
+            excluded = {name for group in groups[: len(groups) - blocks] for name in group}
+            for name, p in self.backbone.named_parameters():
+                p.requires_grad_(name not in excluded)
+
+    def train(self, mode: bool = True) -> Self:
+        """As every module's, but what is not trained, and batch norm with frozen statistics, stays in evaluation mode."""
+        super().train(mode)
+        if not mode or not hasattr(self, "frozen"):
+            return self
+        for module in self.backbone.modules():
+            parameters = list(module.parameters())
+            untrained = bool(parameters) and not any(p.requires_grad for p in parameters)
+            if untrained or (self.batch_norm == "frozen" and isinstance(module, _BatchNorm)):
+                module.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Image tokens (B, P, D) of images (B, 3, H, W): uint8 in 0..255, or float that is taken as normalised already.
+
+        A Transformer takes images of `image_size` only (see `resize`), a convolutional network any size.
+        """
+        self._check(images)
+        x = self.normalize(images)
+        if self.frozen:
+            with torch.no_grad():
+                x = self._features(x)
+        else:
+            x = self._features(x)
+        if self.positions is None:
+            return x
+        grid = (x.shape[2], x.shape[3])
+        x = x + _interpolate(self.positions, grid).to(x.dtype)
+        return x.flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, P, D)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) to the backbone's range and dtype; float images pass as they are, in that dtype."""
+        dtype = next(self.backbone.parameters()).dtype
+        if images.dtype == torch.uint8:
+            # Divided thrice, not multiplied once: equal to the last bit to transformers' rescale and normalize.
+            images = images.to(self.mean.dtype).div(255).sub(self.mean).div(self.std)
+        return images.to(dtype)
+
+    def _features(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) to tokens (B, P, D) or a feature map (B, D, h, w)."""
+        if hasattr(self.backbone, "num_prefix_tokens"):
+            x = self.backbone.forward_features(x)
+            norm = getattr(self.backbone, "fc_norm", None)
+            return norm(x) if norm is not None else x
+        x = x.contiguous(memory_format=torch.channels_last)
+        checkpointing = (
+            self.config.checkpointing
+        )  # recomputes outside this function, thus would not see the same operations
+        if x.is_cpu and torch.is_autocast_enabled("cpu") and not checkpointing and not torch.compiler.is_compiling():
+            with _TrainGroupedInFloat32():
+                x = self.backbone(x)
+        else:
+            x = self.backbone(x)
+        if x.ndim == 4 and getattr(self.backbone, "output_fmt", "NCHW") == "NHWC":
+            x = x.permute(0, 3, 1, 2)
+        return x
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """One vector (B, D) for each image's tokens (B, P, D): the class token where there is one, else the mean over the patches."""
+        if getattr(self.backbone, "cls_token", None) is not None:
+            return tokens[:, 0]
+        return tokens[:, self.prefix :].mean(1)
+
+    def grid(self, image_size: int | None = None) -> tuple[int, int]:
+        """Rows and columns of patches (tokens after the first `prefix`) for square images of that side; by default for `image_size`."""
+        size = image_size or self.image_size
+        if hasattr(self.backbone, "num_prefix_tokens"):
+            patch = self.backbone.patch_embed.patch_size
+            return size // patch[0], size // patch[1]
+        if self.positions is not None and size == self.image_size:
+            return self.positions.shape[2], self.positions.shape[3]
+        features = self._probe_features(size)
+        if features.ndim == 4:
+            return features.shape[2], features.shape[3]
+        side = int((features.shape[1] - self.prefix) ** 0.5)
+        return side, side
+
+    def tokens(self, image_size: int | None = None) -> int:
+        """Number of tokens P for square images of that side."""
+        h, w = self.grid(image_size)
+        return self.prefix + h * w
+
+    def _check(self, images: Tensor) -> None:
+        if images.ndim != 4 or images.shape[1] != 3 or not (images.dtype == torch.uint8 or images.is_floating_point()):
+            raise ValueError(
+                f"images: got {tuple(images.shape)} {images.dtype}; expected (B, 3, H, W), uint8 or float."
+            )
+        size = (images.shape[2], images.shape[3])
+        if self.positions is None and size != (self.image_size, self.image_size):
+            raise ValueError(
+                f"images of {size[0]}x{size[1]}, but {self.config.name} was built for {self.image_size}x{self.image_size}: "
+                f"set image.image_size, or call resize({size[0]})."
+            )
+
+
+class _TrainGroupedInFloat32(TorchFunctionMode):
+    """Runs depthwise and grouped convolutions that need a gradient in float32 under autocast on the CPU.
+
+    Their bfloat16 backward pass has no fast kernel there: an EfficientNet-Lite trains 1.9 times as fast this way (PyTorch 2.15, Xeon with AMX).
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.conv2d or kwargs.get("groups", args[6] if len(args) > 6 else 1) == 1:
+            return func(*args, **kwargs)
+        x, weight, *rest = args
+        if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
+            return func(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            return func(x.float(), weight, *rest, **kwargs).to(x.dtype)
+
+
+def _create(config: ImageConfig, download: bool) -> Any:
+    """The timm model without its classifier; ConfigError names the nearest known model."""
+    options: dict[str, Any] = {"drop_path_rate": config.drop_path} if config.drop_path else {}
+    if not config.name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(config.name):
+        near = difflib.get_close_matches(config.name, timm.list_models(), n=3)
+        hint = f"the nearest are {', '.join(near)}" if near else "timm.list_models() lists all"
+        raise ConfigError(f"image.name: timm {timm.__version__} has no model {config.name!r}; {hint}.")
+    try:
+        return timm.create_model(config.name, pretrained=download, num_classes=0, **options)
+    except TypeError as error:
+        raise ConfigError(
+            f"image.drop_path={config.drop_path}: {config.name} does not take it ({error}); use 0."
+        ) from error
+    except Exception as error:
+        if not download:
+            raise ConfigError(f"image.name={config.name!r}: timm cannot build it: {error}") from error
+        raise UserError(
+            f"The pretrained weights of {config.name} could not be fetched ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            "give image.weights a local file, or set image.pretrained to false."
+        ) from error
+
+
+def _interpolate(positions: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Learned positions (1, D, h, w) for another grid."""
+    if (positions.shape[2], positions.shape[3]) == grid:
+        return positions
+    return F.interpolate(positions.float(), grid, mode="bicubic", antialias=True, align_corners=False).to(
+        positions.dtype
+    )
