@@ -1,0 +1,250 @@
+"""From settings to the objects of a run: tokenizer, model, data, task."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vlm.config import Config, ModelConfig, TextConfig
+from vlm.data.collate import SampleEncoder
+from vlm.data.images import EvaluationTransform, TrainingTransform
+from vlm.data.index import ShardSet, load_index
+from vlm.data.loader import Loader
+from vlm.data.samples import CaptionEncoder, QuestionEncoder
+from vlm.data.scan import image_ids, texts
+from vlm.data.text import Tokenizer, clean_caption, train_wordpiece, trim
+from vlm.errors import ConfigError, UserError
+from vlm.model.convert.bert import TextWeights, load_bert_folder, trim_vocabulary
+from vlm.model.initialise import decoder_from_fusion, load_by_name, load_text_weights
+from vlm.model.pretrained import load_metadata, model_config, read_weights
+from vlm.model.vision_language import VisionLanguageModel
+from vlm.tasks.task import Task
+from vlm.train.distributed import Ranks
+from vlm.train.report import say
+
+CHECKED_IMAGES = 2_000_000
+"""Above this many training images their identities are not kept and the check of honest splits is left to the user."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of. `config` is the given one with the model's settings as they came out."""
+
+    config: Config
+    tokenizer: Tokenizer
+    model: VisionLanguageModel
+
+
+def load_sets(folders: Sequence[str], key: str) -> list[ShardSet]:
+    """The shards of a split.
+
+    Raises:
+        ConfigError: none is given. UserError: one cannot be used.
+    """
+    if not folders:
+        raise ConfigError(f"{key} is empty; give at least one folder of shards (made by datasets/NAME/prepare.py).")
+    return [load_index(folder) for folder in folders]
+
+
+def build_parts(config: Config, sets: Sequence[ShardSet]) -> Parts:
+    """Tokenizer and model, from a checkpoint (`init_from`), BERT-shaped weights (`text_weights`) or anew; `sets`: the training shards."""
+    torch.manual_seed(config.seed)
+    if config.init_from is not None:
+        return _from_checkpoint(config, config.init_from)
+    tokenizer, weights, text = _tokenizer_and_text(config, sets)
+    config = replace(config, model=replace(config.model, text=replace(text, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id)))
+    model = VisionLanguageModel(config.model)
+    if weights is not None:
+        say(load_text_weights(model, weights).summary(f"text from {config.text_weights}"))
+    decoder_from_fusion(model)
+    return Parts(_with_image_size(config, model), tokenizer, model)
+
+
+def _from_checkpoint(config: Config, folder: str) -> Parts:
+    metadata = load_metadata(folder)
+    saved = model_config(metadata, folder)
+    ours = config.model
+    image = replace(
+        saved.image,
+        frozen=ours.image.frozen,
+        trainable_blocks=ours.image.trainable_blocks,
+        batch_norm=ours.image.batch_norm or ("frozen" if saved.image.weights or saved.image.pretrained else saved.image.batch_norm),
+        checkpointing=ours.image.checkpointing,
+        drop_path=ours.image.drop_path,
+    )
+    merged = replace(
+        saved,
+        image=image,
+        text=replace(saved.text, dropout=ours.text.dropout),
+        decoder=ours.decoder,
+        decoder_layers=ours.decoder_layers,
+        decoder_reads=ours.decoder_reads,
+    )
+    model = VisionLanguageModel(merged, load=False)
+    report = load_by_name(model, read_weights(Path(folder)))
+    say(report.summary(folder))
+    if not any(name.startswith("decoder.") for name in report.loaded):
+        decoder_from_fusion(model)
+    if ours.image.image_size is not None:
+        model.image_encoder.resize(ours.image.image_size)
+    return Parts(_with_image_size(replace(config, model=merged), model), Tokenizer.load(folder), model)
+
+
+def _with_image_size(config: Config, model: VisionLanguageModel) -> Config:
+    """The settings with the image size that the encoder has, so that a checkpoint says it."""
+    settings: ModelConfig = replace(config.model, image=replace(config.model.image, image_size=model.image_encoder.image_size))
+    model.config = settings
+    return replace(config, model=settings)
+
+
+def _tokenizer_and_text(config: Config, sets: Sequence[ShardSet]) -> tuple[Tokenizer, TextWeights | None, TextConfig]:
+    """The tokenizer, the text weights trimmed to it if any, and the text settings that fit them."""
+    text, settings = config.model.text, config.tokenizer
+    weights: TextWeights | None = None
+    if config.text_weights is not None:
+        fields, weights = load_bert_folder(config.text_weights)
+        if text.layers > fields["layers"]:
+            raise ConfigError(f"model.text.layers={text.layers}, but {config.text_weights} has {fields['layers']}; use at most that many.")
+        kept_here = {"layers", "cross_attention", "dropout"}
+        text = replace(text, **{k: v for k, v in fields.items() if k not in kept_here and k != "max_positions"})
+        text = replace(text, max_positions=min(text.max_positions, fields["max_positions"]))
+    source = settings.source or config.text_weights
+    if source is None:
+        say(f"training a WordPiece vocabulary of at most {settings.vocab_size} tokens on the shards' text")
+        return train_wordpiece(_all_text(config, sets), settings.vocab_size), None, text
+    tokenizer = Tokenizer.load(source)
+    if settings.trim:
+        tokenizer, kept = trim(tokenizer, _all_text(config, sets))
+        say(f"vocabulary trimmed to {tokenizer.vocab_size} tokens that occur")
+        if weights is not None:
+            weights = trim_vocabulary(weights, torch.tensor(kept))
+    if weights is not None and len(weights.transformer["embeddings.word.weight"]) != tokenizer.vocab_size:
+        raise ConfigError(f"tokenizer.source={source} has {tokenizer.vocab_size} tokens, the text weights another number; take the tokenizer they came with.")
+    return tokenizer, weights, text
+
+
+def _all_text(config: Config, sets: Sequence[ShardSet]) -> list[str]:
+    """The training shards' text and that of later tasks, cleaned as the model will see it, and the prompts."""
+    more = [load_index(folder) for folder in config.tokenizer.trim_to]
+    found = {clean_caption(text) for text in texts([*sets, *more])}
+    prompt = config.data.question_prompt.replace("{question}", " ")
+    return sorted(found | {config.data.prompt, prompt})
+
+
+def sample_encoder(config: Config, tokenizer: Tokenizer, image_size: int, training: bool) -> SampleEncoder:
+    """What the loader makes of a record for this task."""
+    data = config.data
+    transform = (
+        TrainingTransform(image_size, scale=data.crop_scale, flip=data.flip, randaugment=data.randaugment)
+        if training
+        else EvaluationTransform(image_size)
+    )
+    if config.task == "vqa":
+        return QuestionEncoder(
+            tokenizer,
+            transform,
+            training,
+            form=config.vqa.form,
+            question_prompt=data.question_prompt,
+            max_question_tokens=data.max_tokens,
+            max_answer_tokens=data.max_answer_tokens,
+            texts_per_image="one" if training else "all",
+            seed=config.seed,
+        )
+    masks = training and config.task == "pretraining" and config.objectives.masked_language > 0
+    return CaptionEncoder(
+        tokenizer,
+        transform,
+        training,
+        max_tokens=data.max_tokens,
+        prompt=data.prompt,
+        texts_per_image="one" if training else "all",
+        masking_probability=config.objectives.masking_probability if masks else None,
+        seed=config.seed,
+    )
+
+
+def training_loader(config: Config, parts: Parts, sets: Sequence[ShardSet], ranks: Ranks) -> Loader:
+    """Micro-batches of the training split for this rank."""
+    data = config.data
+    return Loader(
+        sets,
+        sample_encoder(config, parts.tokenizer, parts.model.image_encoder.image_size, training=True),
+        data.batch_size // config.train.accumulate,
+        seed=config.seed,
+        streams=data.streams,
+        shuffle_block=data.shuffle_block,
+        workers=data.workers,
+        rank=ranks.rank,
+        world=ranks.world,
+        max_bad_fraction=data.max_bad_fraction,
+    )
+
+
+def evaluation_loader(config: Config, parts: Parts, shards: ShardSet, ranks: Ranks) -> Loader:
+    """Batches of one evaluation set for this rank."""
+    return Loader(
+        [shards],
+        sample_encoder(config, parts.tokenizer, parts.model.image_encoder.image_size, training=False),
+        config.data.batch_size,
+        workers=config.data.workers,
+        rank=ranks.rank,
+        world=ranks.world,
+        training=False,
+        max_bad_fraction=config.data.max_bad_fraction,
+    )
+
+
+def build_task(config: Config, parts: Parts, answers: Sequence[str] = ()) -> Task:
+    """The task around the model. answers: the answer list of VQA.
+
+    Raises:
+        ConfigError: the task is not there yet, or its parts do not fit.
+    """
+    task: Task
+    if config.task == "pretraining":
+        from vlm.tasks.pretraining import Pretraining
+
+        task = Pretraining(parts.model, config.objectives)
+    elif config.task == "captioning":
+        from vlm.tasks.captioning import CaptioningTask
+
+        task = CaptioningTask(parts.model, parts.tokenizer, config.objectives.label_smoothing, config.data.prompt, config.generation)
+    elif config.task == "vqa":
+        from vlm.tasks.vqa import build_vqa
+
+        task = build_vqa(parts.model, parts.tokenizer, config, answers)
+    else:
+        raise ConfigError(f"task: {config.task} cannot be trained yet; choose pretraining, captioning or vqa.")
+    task.blank_images = config.data.blank_images
+    return task
+
+
+def training_images(sets: Sequence[ShardSet], init_from: str | None) -> Tensor | None:
+    """Sorted identities (N,) int64 of all images that the model will have been trained on, with those of the checkpoint it starts from."""
+    from vlm.checkpoint import read_trained_on
+
+    if sum(s.samples for s in sets) > CHECKED_IMAGES:
+        return None
+    before = read_trained_on(Path(init_from)) if init_from is not None else None
+    ids = image_ids(sets) | (set(before.tolist()) if before is not None else set())
+    return torch.tensor(sorted(ids), dtype=torch.long)
+
+
+def check_held_out(trained_on: Tensor | None, shards: ShardSet, allow: bool) -> None:
+    """Refuses to evaluate on images that were trained on, in this task or an earlier one.
+
+    Raises:
+        UserError: names how many.
+    """
+    if trained_on is None or allow:
+        return
+    ids = torch.tensor(sorted(image_ids([shards])), dtype=torch.long)
+    known = int(torch.isin(ids, trained_on).sum())
+    if known:
+        raise UserError(
+            f"{shards.root}: {known} of its {len(ids)} images were trained on (in this or an earlier task), so its scores would lie. "
+            "Split by image (see the prepare.py scripts), or set --data.allow-overlap True if that is what you want to measure."
+        )

@@ -1,0 +1,104 @@
+"""A run's checkpoint folder: the model's files, what it was trained on, and, for `latest`, the state to go on from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vlm.config import Config, checkpoint_metadata
+from vlm.errors import CheckpointError
+from vlm.model.pretrained import replacing_folder, save_pretrained
+from vlm.train.state import save_state
+
+TRAINED_ON = "trained_on.safetensors"
+ANSWERS = "answers.json"
+
+
+def write_checkpoint(
+    folder: Path,
+    config: Config,
+    model: nn.Module,
+    tokenizer_json: str,
+    scores: dict[str, Any],
+    trained_on: Tensor | None = None,
+    answers: list[str] | None = None,
+    state: dict[str, Any] | None = None,
+) -> Path:
+    """Writes everything beside `folder` and moves it there whole.
+
+    Raises:
+        UserError: the disk is full or not writable; what was there stays.
+    """
+    metadata = checkpoint_metadata(config) | {"scores": scores}
+    with replacing_folder(folder) as new:
+        save_pretrained(model.state_dict(), new, metadata, tokenizer_json, model_card(config, scores))
+        if trained_on is not None:
+            save_file({"image_ids": trained_on}, new / TRAINED_ON)
+        if answers:
+            (new / ANSWERS).write_text(json.dumps(answers, indent=0) + "\n")
+        if state is not None:
+            save_state(new, state)
+    return folder
+
+
+def read_trained_on(folder: Path) -> Tensor | None:
+    """Sorted identities (N,) of the images that a checkpoint was trained on, or None where it does not say."""
+    path = folder / TRAINED_ON
+    if not path.exists():
+        return None
+    try:
+        return load_file(path)["image_ids"].to(torch.long)
+    except Exception as error:
+        raise CheckpointError(f"{path}: damaged ({error}); copy the checkpoint again.") from None
+
+
+def read_answers(folder: Path) -> list[str]:
+    """The answer list of a VQA checkpoint; empty where it has none."""
+    path = folder / ANSWERS
+    if not path.exists():
+        return []
+    try:
+        answers = json.loads(path.read_text())
+        if isinstance(answers, list) and all(isinstance(a, str) for a in answers):
+            return answers
+    except (ValueError, OSError):
+        pass
+    raise CheckpointError(f"{path}: not a list of answers; copy the checkpoint again.")
+
+
+def model_card(config: Config, scores: dict[str, Any]) -> str:
+    """README.md of a checkpoint: what it is, what it was trained on, its scores, how to use it."""
+    image, text = config.model.image, config.model.text
+    lines = [
+        "---",
+        "library_name: vlm",
+        f"pipeline_tag: {'visual-question-answering' if config.task == 'vqa' else 'image-to-text'}",
+        "---",
+        f"# {config.model.label or Path(config.out).name}",
+        "",
+        f"A vision-language model ({config.task}): image encoder `{image.name}` at {image.image_size} px, {text.layers} text layers of width {text.dim}, "
+        f"vocabulary {text.vocab_size}.",
+        "",
+        "Trained on: " + (", ".join(f"`{folder}`" for folder in config.data.splits.train) or "not recorded") + ".",
+        *([f"Started from: `{config.init_from}`."] if config.init_from else []),
+        "",
+        "| split | score | value |",
+        "| --- | --- | --- |",
+        *[
+            f"| {split} | {name} | {value:.4g} |"
+            for split, values in scores.items()
+            for name, value in values.items()
+            if isinstance(value, int | float)
+        ],
+        "",
+        "```python",
+        "from vlm.predictor import Predictor",
+        f'predictor = Predictor.load("{config.out}/best")',
+        'print(predictor.caption(["img.jpg"])[0].text)',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

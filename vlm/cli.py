@@ -1,0 +1,140 @@
+"""The command `vlm`: thin, no logic. Exit status: 0 done; 1 something stopped the work; 2 unusable arguments or config; 3 stopped on request, state saved."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlm.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; the exit status. Errors that the user can mend are one line on stderr."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    try:
+        known, rest = parser.parse_known_args(arguments)
+        if rest and known.command != "train" and known.command != "evaluate":
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        return int(known.run(known, rest))
+    except UserError as error:
+        print(f"vlm: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("vlm: stopped", file=sys.stderr)  # noqa: T201
+        return 3
+    except BrokenPipeError:
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vlm", description="Train, evaluate and score compact vision-language models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train from a config",
+        description="Train from a config; --key value overrides any setting (vlm train CONFIG --help lists all with their values).",
+        add_help=False,
+    )
+    train.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file of settings, e.g. configs/pretrain/tiny.yaml")
+    train.add_argument("--resume", choices=["auto"], help="auto: go on from OUT/latest if it is there")
+    train.add_argument("--dry-run", action="store_true", help="show settings, sizes, the first batch and one step, and leave")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="score a checkpoint on a split")
+    evaluate.add_argument("config", metavar="CONFIG")
+    evaluate.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
+    evaluate.add_argument("--split", choices=["train", "val", "test"], required=True, metavar="NAME", help="train, val or test")
+    evaluate.add_argument("--out", type=Path, required=True, metavar="DIR", help="where predictions.json and results.json go")
+    evaluate.set_defaults(run=_evaluate)
+
+    score = commands.add_parser("score", help="score a prediction file in the official form").add_subparsers(
+        dest="kind", required=True, metavar="KIND"
+    )
+    vqa = score.add_parser("vqa", help="official VQA accuracy")
+    vqa.add_argument("--questions", type=Path, required=True, metavar="Q.json")
+    vqa.add_argument("--annotations", type=Path, required=True, metavar="A.json")
+    captions = score.add_parser("captions", help="BLEU, ROUGE-L, CIDEr as pycocoevalcap")
+    captions.add_argument("--references", type=Path, required=True, metavar="R.json")
+    for kind in (vqa, captions):
+        kind.add_argument("--predictions", type=Path, required=True, metavar="P.json")
+        kind.add_argument("--json", action="store_true", help="print one JSON object")
+        kind.set_defaults(run=_score)
+
+    plot = commands.add_parser("plot", help="draw the curves of one or several runs")
+    plot.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    plot.add_argument("--out", type=Path, metavar="PNG", help="default: curves.png in the first run's folder")
+    plot.set_defaults(run=_plot)
+
+    shards = commands.add_parser("shards", help="look after shards").add_subparsers(dest="kind", required=True, metavar="KIND")
+    index = shards.add_parser("index", help="count the records of a folder of shards anew and write index.json")
+    index.add_argument("folder", type=Path, metavar="DIR")
+    index.add_argument("--source", help="name of the source that image identities begin with; default: the folder's name")
+    index.set_defaults(run=_index)
+    return parser
+
+
+def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from vlm.settings import load_config
+
+    if arguments.config is None:
+        print(  # noqa: T201
+            "usage: vlm train CONFIG [--key value ...] [--resume auto] [--dry-run]\n\n"
+            "Trains from a YAML config. `vlm train CONFIG --help` lists every setting with its meaning and present value; any can be overridden:\n"
+            "  vlm train configs/pretrain/tiny.yaml --optimizer.lr 1e-3 --out runs/mine",
+            file=sys.stdout if "--help" in overrides or "-h" in overrides else sys.stderr,
+        )
+        return 0 if "--help" in overrides or "-h" in overrides else 2
+    config = load_config(arguments.config, overrides)
+    from vlm.run import dry_run, train
+    from vlm.train.trainer import StoppedOnRequest
+
+    if arguments.dry_run:
+        dry_run(config)
+        return 0
+    try:
+        train(config, resume=arguments.resume == "auto")
+    except StoppedOnRequest:
+        print(f"vlm: stopped on request; go on with: vlm train {arguments.config} --resume auto", file=sys.stderr)  # noqa: T201
+        return 3
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from vlm.run import evaluate
+    from vlm.settings import load_config
+
+    evaluate(load_config(arguments.config, overrides, "vlm evaluate"), arguments.checkpoint, arguments.split, arguments.out)
+    return 0
+
+
+def _score(arguments: argparse.Namespace, _: list[str]) -> int:
+    from vlm.metrics.score import format_scores, score_captions, score_vqa
+
+    if arguments.kind == "vqa":
+        scores = score_vqa(arguments.questions, arguments.annotations, arguments.predictions)
+    else:
+        scores = score_captions(arguments.references, arguments.predictions)
+    print(json.dumps(scores) if arguments.json else format_scores(scores))  # noqa: T201
+    return 0
+
+
+def _plot(arguments: argparse.Namespace, _: list[str]) -> int:
+    from vlm.train.plot import plot_runs
+
+    print(plot_runs(arguments.runs, arguments.out))  # noqa: T201
+    return 0
+
+
+def _index(arguments: argparse.Namespace, _: list[str]) -> int:
+    from vlm.data.index import write_index
+
+    found = write_index(arguments.folder, arguments.source)
+    print(f"{arguments.folder}: {len(found.shards)} shards, {found.samples:,} records, source {found.source}")  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

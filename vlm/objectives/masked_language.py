@@ -1,0 +1,50 @@
+"""Masked language modelling given the image (MLM; Devlin et al. 2019, Li et al. 2021). Letters: T texts, L tokens, D width, M hidden tokens."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlm.data.batch import Batch, Masked
+from vlm.model.vision_language import VisionLanguageModel
+from vlm.objectives.objective import Features, Loss, Pass, nothing
+
+
+class MaskedLanguage:
+    """Predicts the hidden tokens; the vocabulary head runs on their positions only."""
+
+    scope: Literal["pair", "micro"] = "micro"
+
+    def count(self, batch: Batch) -> Tensor:
+        """Hidden tokens of texts with weight."""
+        return (self._weight(batch, _masked(batch)) > 0).sum()
+
+    def requests(self, model: VisionLanguageModel, features: Features, batch: Batch) -> Sequence[Pass]:
+        """Every text with its tokens hidden, and its own image."""
+        rows = torch.arange(len(batch.texts.ids), device=batch.texts.ids.device)
+        return [Pass(rows, batch.texts.image, view="masked")]
+
+    def loss(self, model: VisionLanguageModel, outputs: Sequence[Tensor], features: Features, batch: Batch) -> Loss:
+        """Cross-entropy at the hidden tokens, summed; a batch without any gives 0."""
+        masked = _masked(batch)
+        states = outputs[0].flatten(0, 1).index_select(0, masked.positions)
+        logits = model.masked_language_logits(states).float()
+        used = self._weight(batch, masked) > 0
+        losses = F.cross_entropy(logits, masked.labels, reduction="none")
+        total = torch.where(used, losses, losses * 0.0).sum() + nothing(outputs[0])
+        right = ((logits.argmax(1) == masked.labels) & used).sum()
+        count = used.sum()
+        return Loss(total, count, {"accuracy": (right, count)})
+
+    @staticmethod
+    def _weight(batch: Batch, masked: Masked) -> Tensor:
+        rows = torch.div(masked.positions, masked.ids.shape[1], rounding_mode="floor")
+        return batch.texts.weight.index_select(0, rows)
+
+
+def _masked(batch: Batch) -> Masked:
+    if batch.masked is None:
+        raise ValueError("the batch has no masked texts; the loader draws them when objectives.masked_language is above 0.")
+    return batch.masked

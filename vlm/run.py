@@ -1,0 +1,242 @@
+"""What `vlm train` and `vlm evaluate` do."""
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from vlm.build import (
+    Parts,
+    build_parts,
+    build_task,
+    check_held_out,
+    evaluation_loader,
+    load_sets,
+    training_images,
+    training_loader,
+)
+from vlm.checkpoint import read_answers, read_trained_on, write_checkpoint
+from vlm.config import Config
+from vlm.data.index import ShardSet
+from vlm.data.loader import Loader
+from vlm.data.text import Tokenizer
+from vlm.errors import ConfigError
+from vlm.model.pretrained import load_pretrained, restore_folder
+from vlm.settings import config_to_yaml
+from vlm.tasks.task import Record, Task
+from vlm.train import distributed
+from vlm.train.distributed import Ranks
+from vlm.train.report import number, say
+from vlm.train.state import load_state
+from vlm.train.trainer import Trainer
+
+PACKAGES = ("torch", "torchvision", "timm", "tokenizers", "webdataset", "pillow")
+
+
+def train(config: Config, resume: bool = False) -> dict[str, Any]:
+    """Trains as `config` says; the scores of the last evaluation.
+
+    Raises:
+        UserError: what the user can mend. StoppedOnRequest: a signal asked for it, the state is saved.
+    """
+    if config.train.deterministic:
+        torch.use_deterministic_algorithms(True)
+    ranks = distributed.start()
+    try:
+        return _train(config, ranks, resume)
+    finally:
+        distributed.stop()
+
+
+def _train(config: Config, ranks: Ranks, resume: bool) -> dict[str, Any]:
+    out = Path(config.out)
+    latest = out / "latest"
+    restore_folder(latest)
+    resuming = resume and latest.is_dir()
+    if not resuming and (out / "log.jsonl").exists():
+        raise ConfigError(f"out={out} holds a run already; add --resume auto to go on with it, choose another --out, or remove it.")
+    sets = load_sets(config.data.splits.train, "data.splits.train")
+    held_out = [load_sets([folder], "data.splits.val")[0] for folder in config.data.splits.val]
+    parts = build_parts(config, sets)
+    trained_on = training_images(sets, config.init_from)
+    for shards in held_out:
+        check_held_out(trained_on, shards, config.data.allow_overlap)
+    answers = _answer_list(config, sets)
+    task = build_task(parts.config, parts, answers)
+    loader = training_loader(config, parts, sets, ranks)
+    evaluators = {name: evaluation_loader(config, parts, shards, ranks) for name, shards in _named(held_out).items()}
+
+    def evaluate(task: Task) -> tuple[dict[str, Any], float]:
+        scores = {
+            name: evaluate_loader(task, data, ranks, f"evaluating on {name}", config.train.evaluate_images)[0]
+            for name, data in evaluators.items()
+        }
+        return scores, sum(s[task.metric] for s in scores.values()) / len(scores)
+
+    def save(name: str, model: nn.Module, scores: dict[str, Any], state: dict[str, Any] | None) -> Path:
+        tokenizer_json = parts.tokenizer.to_json()
+        return write_checkpoint(out / name, parts.config, model, tokenizer_json, scores, trained_on, answers, state)
+
+    trainer = Trainer(task, loader, config, ranks, evaluate if evaluators else None, save)
+    torch.manual_seed(config.seed + 1000 * ranks.rank)
+    if resuming:
+        trainer.load_state(load_state(latest))
+    if ranks.main:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.yaml").write_text(config_to_yaml(config))
+        _introduce(parts, loader, trainer, ranks)
+    if trainer.step >= trainer.total_steps:
+        say(f"{out} is finished: {trainer.step} of {trainer.total_steps} steps are done.")
+        return trainer.scores
+    scores = trainer.fit()
+    if ranks.main:
+        say(f"done: checkpoints in {out}/latest{f' and {out}/best' if evaluators else ''}, log in {out}/log.jsonl")
+    return scores
+
+
+def _introduce(parts: Parts, loader: Loader, trainer: Trainer, ranks: Ranks) -> None:
+    config = parts.config
+    counts = {
+        name: sum(p.numel() for p in module.parameters()) / 1e6 for name, module in parts.model.named_children()
+    }
+    trained = sum(p.numel() for p in parts.model.parameters() if p.requires_grad) / 1e6
+    listed = ", ".join(f"{name} {count:.1f}" for name, count in counts.items() if count >= 0.05)
+    say(
+        f"{config.task} into {config.out}: {loader.samples:,} images, {trainer.epoch_steps} steps an epoch, {trainer.total_steps} in all, "
+        f"batch {config.data.batch_size}, {ranks.world} x {ranks.device.type}, {config.train.precision}"
+    )
+    say(f"parameters in millions: {sum(counts.values()):.1f} ({listed}); trained: {trained:.1f}")
+    if trainer.step:
+        say(f"going on from step {trainer.step}")
+
+
+def evaluate_loader(
+    task: Task, loader: Loader, ranks: Ranks, title: str, images: int | None = None
+) -> tuple[dict[str, float], list[Record]]:
+    """Scores and records of one set, or of about its first `images` images; each record counted once over all ranks."""
+    records: list[Record] = []
+    steps, seen = loader.steps, 0
+    if images is not None:
+        steps = min(steps, -(-images // loader.batch_size))
+    with tqdm(total=steps, desc=title, unit="batch", disable=not ranks.main, leave=False) as bar:
+        for index, batch in enumerate(loader.iterate(0)):
+            if index == steps:
+                break
+            records += task.predict(batch.to(ranks.device))
+            seen += len(batch)
+            bar.update()
+    records = ranks.gather(records)
+    scores = task.evaluate(records)
+    if loader.bad:
+        scores["left_out"] = float(sum(loader.bad.values()))
+    if ranks.main:
+        say(f"{title}: " + ", ".join(f"{name} {number(value)}" for name, value in scores.items()))
+    return scores, records
+
+
+def evaluate(config: Config, checkpoint: Path, split: str, out: Path) -> dict[str, Any]:
+    """Scores of a checkpoint on a split; writes predictions.json in the official form and results.json into `out`.
+
+    Raises:
+        UserError: the split is empty or was trained on, a file is missing.
+    """
+    folders = getattr(config.data.splits, split)
+    held_out = load_sets(folders, f"data.splits.{split}")
+    ranks = distributed.start()
+    try:
+        model, _ = load_pretrained(checkpoint)
+        parts = Parts(dataclasses.replace(config, model=model.config), Tokenizer.load(checkpoint), model)
+        trained_on = read_trained_on(checkpoint)
+        for shards in held_out if split != "train" else ():
+            check_held_out(trained_on, shards, config.data.allow_overlap)
+        task = build_task(parts.config, parts, read_answers(checkpoint)).to(ranks.device).eval()
+        scores: dict[str, Any] = {}
+        predictions: list[Record] = []
+        for name, shards in _named(held_out).items():
+            loader = evaluation_loader(config, parts, shards, ranks)
+            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+                scores[name], records = evaluate_loader(task, loader, ranks, f"{split} of {name}")
+            predictions += task.official(records)
+        if ranks.main:
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / "predictions.json", predictions)
+            write_json(out / "results.json", {"split": split, "checkpoint": str(checkpoint), "scores": scores, **provenance(config)})
+            say(f"wrote {out / 'predictions.json'} ({len(predictions)} predictions) and {out / 'results.json'}")
+        return scores
+    finally:
+        distributed.stop()
+
+
+def provenance(config: Config) -> dict[str, Any]:
+    """Settings, commit and versions: what a score needs to be believed."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    try:
+        here = Path(__file__).parent
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {"config": dataclasses.asdict(config), "commit": commit, "versions": versions}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        new.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def _named(sets: Sequence[ShardSet]) -> dict[str, ShardSet]:
+    """Sets by source, with their folders where a source comes twice."""
+    sources = [shards.source for shards in sets]
+    return {s.source if sources.count(s.source) == 1 else s.root: s for s in sets}
+
+
+def _answer_list(config: Config, sets: Sequence[ShardSet]) -> list[str]:
+    if config.task != "vqa":
+        return []
+    from vlm.tasks.vqa import answer_list
+
+    if config.vqa.inference == "generate":
+        return []
+    return answer_list(sets, config.vqa.min_answer_count)
+
+
+def dry_run(config: Config) -> None:
+    """Shows what `train` would do: settings, parameters by part, the first batch, and the time of one step; writes nothing."""
+    ranks = distributed.start()
+    sets = load_sets(config.data.splits.train, "data.splits.train")
+    parts = build_parts(config, sets)
+    task = build_task(parts.config, parts, _answer_list(config, sets))
+    loader = training_loader(config, parts, sets, ranks)
+
+    def refuse(name: str, *_: Any) -> Path:
+        raise RuntimeError(f"a dry run saves nothing, {name} was asked for")
+
+    trainer = Trainer(task, loader, config, ranks, None, refuse)
+    say(config_to_yaml(parts.config))
+    _introduce(parts, loader, trainer, ranks)
+    batch = next(loader.iterate(0))
+    say(f"images {tuple(batch.images.shape)} {batch.images.dtype}, texts {tuple(batch.texts.ids.shape)}")
+    for row in range(min(4, len(batch.texts.ids))):
+        ids = batch.texts.ids[row][batch.texts.mask[row]].tolist()
+        say(f"  {batch.keys[int(batch.texts.image[row])]}: {parts.tokenizer.decode(ids)!r} ({len(ids)} tokens, prompt {int(batch.texts.prompt[row])})")
+    for line in trainer.try_step([batch] * config.train.accumulate):
+        say(line)
+    distributed.stop()

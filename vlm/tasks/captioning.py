@@ -1,0 +1,94 @@
+"""Captioning: the decoder reads the image and continues the prompt."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from vlm.config import GenerationConfig
+from vlm.data.batch import Batch
+from vlm.data.text import Tokenizer
+from vlm.metrics.captions import caption_scores
+from vlm.model.attention import CrossMemory
+from vlm.model.beam_search import beam_search
+from vlm.model.generation import Generated, Rules
+from vlm.model.vision_language import VisionLanguageModel
+from vlm.objectives.captioning import Captioning
+from vlm.tasks.task import Record, Task
+
+
+def generation_rules(settings: GenerationConfig, tokenizer: Tokenizer) -> Rules:
+    """The settings in the form that decoding takes."""
+    return Rules(
+        end_id=tokenizer.sep_id,
+        max_length=settings.max_length,
+        min_length=min(settings.min_length, settings.max_length - 1),
+        repetition_penalty=settings.repetition_penalty,
+        no_repeat_ngram=settings.no_repeat_ngram,
+    )
+
+
+def generate_captions(
+    model: VisionLanguageModel, memory: CrossMemory, tokenizer: Tokenizer, prompt: str, settings: GenerationConfig
+) -> list[Generated]:
+    """One caption for each row of the images' decoder memory."""
+    start = tokenizer.encode(prompt)[:-1] if prompt else [tokenizer.cls_id]
+    ids = torch.tensor([start] * len(memory), device=model.device)
+    return beam_search(
+        model, memory, ids, None, generation_rules(settings, tokenizer), settings.beams, settings.length_penalty
+    )
+
+
+class CaptioningTask(Task):
+    """Fine-tuning for captions; BLEU, ROUGE-L and CIDEr-D by the official definitions."""
+
+    metric = "CIDEr"
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        tokenizer: Tokenizer,
+        label_smoothing: float,
+        prompt: str,
+        generation: GenerationConfig,
+    ) -> None:
+        super().__init__(model, {"captioning": Captioning(label_smoothing)}, {"captioning": 1.0})
+        self.tokenizer, self.prompt, self.generation = tokenizer, prompt, generation
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> list[Record]:
+        """One record an image: its caption, confidence and references."""
+        memory = self.model.memory(self.encode_image(batch.images).tokens, None, "decoder")
+        captions = generate_captions(self.model, memory, self.tokenizer, self.prompt, self.generation)
+        first = _first_rows(batch.texts.image, len(batch))
+        return [
+            {
+                "key": key,
+                "image_id": int(batch.image_ids[i]),
+                "caption": self.tokenizer.decode(captions[i].ids),
+                "confidence": captions[i].confidence,
+                "references": batch.sources[first[i]]["references"],
+            }
+            for i, key in enumerate(batch.keys)
+        ]
+
+    def evaluate(self, records: Iterable[Record]) -> dict[str, float]:
+        """Bleu_1..4, ROUGE_L and CIDEr as pycocoevalcap gives them, in percent (CIDEr 100 is a score of 1.0); share of distinct captions."""
+        records = list(records)
+        scores = caption_scores({r["key"]: r["references"] for r in records}, {r["key"]: r["caption"] for r in records})
+        names = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr")
+        distinct = len({r["caption"] for r in records}) / len(records)
+        return {**{name: 100 * getattr(scores, name) for name in names}, "distinct": 100 * distinct, "images": float(len(records))}
+
+    def official(self, records: Iterable[Record]) -> list[Record]:
+        """COCO's prediction form; the image is named by its record's official id where it has one, else by its key."""
+        return [{"image_id": r["id"] if "id" in r else r["key"], "caption": r["caption"]} for r in records]
+
+
+def _first_rows(image: Tensor, count: int) -> list[int]:
+    """For each image the row of its first text."""
+    rows = [-1] * count
+    for text, row in enumerate(image.tolist()):
+        if rows[row] < 0:
+            rows[row] = text
+    return rows

@@ -1,0 +1,71 @@
+"""Pretraining with any of the family's objectives; evaluated by zero-shot retrieval from embeddings."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from vlm.config import ObjectivesConfig
+from vlm.data.batch import Batch
+from vlm.errors import ConfigError
+from vlm.metrics.retrieval import recall_at_k
+from vlm.model.vision_language import VisionLanguageModel
+from vlm.objectives.captioning import Captioning
+from vlm.objectives.contrastive import Contrastive
+from vlm.objectives.masked_language import MaskedLanguage
+from vlm.objectives.matching import Matching
+from vlm.objectives.objective import Objective
+from vlm.tasks.task import Record, Task
+
+
+def build_objectives(config: ObjectivesConfig) -> tuple[dict[str, Objective], dict[str, float]]:
+    """The objectives whose weight is above 0, and their weights.
+
+    Raises:
+        ConfigError: all weights are 0.
+    """
+    known: dict[str, Objective] = {
+        "contrastive": Contrastive(),
+        "matching": Matching(),
+        "masked_language": MaskedLanguage(),
+        "captioning": Captioning(config.label_smoothing),
+    }
+    weights = {name: float(getattr(config, name)) for name in known if getattr(config, name) > 0}
+    if not weights:
+        raise ConfigError("objectives: all weights are 0; give at least one of contrastive, matching, masked_language, captioning.")
+    return {name: known[name] for name in weights}, weights
+
+
+class Pretraining(Task):
+    """Contrastive, matching, masked language modelling and captioning, each with its weight."""
+
+    metric = "mean_R@1"
+
+    def __init__(self, model: VisionLanguageModel, config: ObjectivesConfig) -> None:
+        super().__init__(model, *build_objectives(config))
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> list[Record]:
+        """One record an image: its embedding (E,) and those of its texts (n, E)."""
+        image = self.encode_image(batch.images).embedding.cpu().numpy()
+        text = self.model.encode_text(batch.texts.ids, batch.texts.mask).embedding
+        assert text is not None
+        rows, texts = batch.texts.image.cpu().numpy(), text.cpu().numpy()
+        return [
+            {"key": key, "image_id": int(batch.image_ids[i]), "image": image[i], "texts": texts[rows == i]}
+            for i, key in enumerate(batch.keys)
+        ]
+
+    def evaluate(self, records: Iterable[Record]) -> dict[str, float]:
+        """Recall in percent, text retrieved for an image (TR) and image for a text (IR), over the records at hand."""
+        records = list(records)
+        images = np.stack([r["image"] for r in records])
+        texts = np.concatenate([r["texts"] for r in records])
+        owner = np.repeat(np.arange(len(records)), [len(r["texts"]) for r in records])
+        return retrieval_scores(images @ texts.T, owner)
+
+
+def retrieval_scores(similarity: np.ndarray, owner: np.ndarray) -> dict[str, float]:
+    """TR_R@k and IR_R@k in percent and the mean of both R@1. similarity: (images, texts). owner: (texts,) row of each text's image."""
+    scores = recall_at_k(similarity, owner)
+    return {**scores, "mean_R@1": (scores["TR_R@1"] + scores["IR_R@1"]) / 2, "images": float(len(similarity))}

@@ -1,0 +1,109 @@
+"""What a task is: the model with its objectives, its predictions and its scores. The trainer sees nothing else of it."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm.data.batch import Batch
+from vlm.model.attention import CrossMemory
+from vlm.model.vision_language import ImageFeatures, TextFeatures, VisionLanguageModel
+from vlm.objectives.objective import Features, Loss, Objective, Pass
+
+Record = dict[str, Any]
+
+
+class Task(nn.Module):
+    """The base of every task.
+
+    Attributes: `model`; `weights`, of each loss in the total; `metric`, the score that selects the best checkpoint (higher is better);
+    `blank_images`, whether images are replaced by grey.
+    """
+
+    metric: str
+
+    def __init__(self, model: VisionLanguageModel, objectives: Mapping[str, Objective], weights: Mapping[str, float]) -> None:
+        super().__init__()
+        self.model = model
+        self.objectives = dict(objectives)
+        self.weights = dict(weights)
+        self.blank_images = False
+
+    def forward(self, batch: Batch) -> dict[str, Loss]:
+        """The losses of one micro-batch. Each view is encoded once, each memory projected once, all passes joined."""
+        features = self.features(batch)
+        wanted = [(name, p) for name, o in self.objectives.items() for p in o.requests(self.model, features, batch)]
+        outputs: dict[str, list[Tensor]] = {name: [] for name in self.objectives}
+        for (name, _), states in zip(wanted, self._run([p for _, p in wanted], features), strict=True):
+            outputs[name].append(states)
+        return {name: o.loss(self.model, outputs[name], features, batch) for name, o in self.objectives.items()}
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """What each loss will be divided by, before the forward pass."""
+        return {name: objective.count(batch) for name, objective in self.objectives.items()}
+
+    def features(self, batch: Batch) -> Features:
+        """What the objectives share."""
+        names = set(self.objectives)
+        image = self.encode_image(batch.images)
+        texts = batch.texts
+        compares = bool(names & {"contrastive", "matching"})
+        views = {"plain": self.model.encode_text(texts.ids, texts.mask) if compares else TextFeatures(texts.ids, texts.mask)}
+        if batch.masked is not None and "masked_language" in names:
+            views["masked"] = self.model.text_view(batch.masked.ids, texts.mask)
+        memory: dict[str, CrossMemory] = {}
+        if names & {"matching", "masked_language"}:
+            memory["fusion"] = self.model.memory(image.tokens, None, "fusion")
+        if "captioning" in names:
+            shared = "fusion" in memory and self.model.decoder is None
+            memory["decoder"] = memory["fusion"] if shared else self.model.memory(image.tokens, None, "decoder")
+        return Features(image, views, memory)
+
+    def encode_image(self, images: Tensor) -> ImageFeatures:
+        """The images' features, or those of grey where the run measures what the text alone gives."""
+        if self.blank_images:
+            images = torch.full_like(images, 127 if images.dtype == torch.uint8 else 0)
+        return self.model.encode_image(images)
+
+    def _run(self, passes: list[Pass], features: Features) -> list[Tensor]:
+        outputs: list[Tensor | None] = [None] * len(passes)
+        for causal in (False, True):
+            chosen = [i for i, p in enumerate(passes) if p.causal == causal]
+            if not chosen:
+                continue
+            group = [passes[i] for i in chosen]
+            text = TextFeatures.join([self.model.fusion_view(features.texts[p.view]).select(p.text_rows) for p in group])
+            memory = features.memory["decoder" if causal else "fusion"].select(torch.cat([p.memory_rows for p in group]))
+            if causal:
+                states = self.model.decode_states(text.ids, memory)
+            else:
+                states = self.model.fuse(text, memory)
+            for i, part in zip(chosen, states.split([len(p.text_rows) for p in group]), strict=True):
+                outputs[i] = part
+        return [o for o in outputs if o is not None]
+
+    def after_step(self) -> None:
+        """Called after each optimizer step."""
+        self.model.clamp_temperature()
+
+    def predict(self, batch: Batch) -> list[Record]:
+        """What evaluation needs of a batch: one record an image or a question."""
+        raise NotImplementedError
+
+    def evaluate(self, records: Iterable[Record]) -> dict[str, float]:
+        """Scores of all records, in the units of their official form."""
+        raise NotImplementedError
+
+    def official(self, records: Iterable[Record]) -> list[Record]:
+        """The predictions in the form that evaluation servers and `vlm score` take; none where there is no such form."""
+        return []
+
+    def training_state(self) -> dict[str, Tensor]:
+        """Tensors outside the model that must survive a restart."""
+        return {}
+
+    def load_training_state(self, state: dict[str, Tensor]) -> None:
+        """Takes back what `training_state` gave."""
+        if state:
+            raise ValueError(f"{type(self).__name__} has no training state, got {sorted(state)}.")

@@ -1,0 +1,63 @@
+"""AdamW's parameter groups and the rate's schedule."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from vlm.config import OptimizerConfig
+from vlm.errors import ConfigError
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, object]]:
+    """Groups by rate factor and decay. Biases, norms, positions and the temperature never decay.
+
+    Raises:
+        ConfigError: a prefix in `lr_factors` names no parameter.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    everything = [name for name, _ in model.named_parameters()]
+    for prefix in config.lr_factors:
+        if not any(name.startswith(prefix) for name in everything):
+            parts = sorted({name.split(".")[0] for name in everything})
+            raise ConfigError(f"optimizer.lr_factors: no parameter begins with {prefix!r}; the parts are {', '.join(parts)}.")
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        matching = [prefix for prefix in config.lr_factors if name.startswith(prefix)]
+        factor = config.lr_factors[max(matching, key=len)] if matching else 1.0
+        groups.setdefault((factor, decays(name, parameter)), []).append(parameter)
+    return [
+        {"params": parameters, "factor": factor, "lr": config.lr * factor, "weight_decay": config.weight_decay if decay else 0.0}
+        for (factor, decay), parameters in groups.items()
+    ]
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: to matrices and kernels that are no positions."""
+    return parameter.ndim > 1 and "position" not in name and "pos_embed" not in name and "cls_token" not in name
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Fused where the device has it."""
+    return torch.optim.AdamW(parameter_groups(model, config), lr=config.lr, betas=config.betas, fused=True)
+
+
+def schedule(config: OptimizerConfig, total_steps: int, steps_per_epoch: int) -> Callable[[int], float]:
+    """The rate's factor at each step, from 0: linear warm-up, then cosine, linear, step (a factor an epoch) or constant, down to `min_lr_factor`."""
+    low = config.min_lr_factor
+    warmup = min(config.warmup_steps, max(1, total_steps // 2))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        if config.schedule == "cosine":
+            return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
+        if config.schedule == "linear":
+            return low + (1 - low) * (1 - progress)
+        if config.schedule == "step":
+            return max(low, config.step_factor ** (step // max(1, steps_per_epoch)))
+        return 1.0
+
+    return factor

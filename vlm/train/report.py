@@ -1,0 +1,99 @@
+"""What a run says while it goes on: a line for people, JSON lines of everything for programs."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def say(text: str) -> None:
+    """A line on stderr, where progress goes."""
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def duration(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    whole = max(0, int(seconds + 0.5))
+    hours, rest = divmod(whole, 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def number(value: float) -> str:
+    """Short but honest: 0.0123, 1.23, 123.4."""
+    if value != 0 and abs(value) < 0.001:
+        return f"{value:.1e}"
+    return f"{value:.4g}"
+
+
+class JsonLines:
+    """log.jsonl: one object a line, `kind` says what it is. A line is written whole or not at all; a cut last line is dropped on reopening."""
+
+    def __init__(self, path: Path, last_step: int | None = None) -> None:
+        """last_step: on resuming, what was logged beyond it is dropped, because it will be done again."""
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [] if last_step is None else [r for r in read_json_lines(path) if r.get("step", 0) <= last_step]
+        path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+
+    def write(self, **values: Any) -> None:
+        """Adds a line."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole lines; an absent file has none."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+class Clock:
+    """Samples a second, share of time waiting for data, and time left. The first steps are left out of the estimate: they warm caches up."""
+
+    def __init__(self, total_steps: int, done: int, skip: int = 3) -> None:
+        self.total = total_steps
+        self.done = done
+        self.skip = skip
+        self.seconds = 0.0
+        self.counted = 0
+        self.interval_seconds = self.interval_wait = 0.0
+        self.interval_samples = 0
+        self._last = time.perf_counter()
+
+    def restart(self) -> None:
+        """Time since the last step was spent on something else (evaluation, saving)."""
+        self._last = time.perf_counter()
+
+    def step(self, samples: int, waited: float) -> None:
+        """A step over `samples` has ended, of which `waited` seconds were for data."""
+        now = time.perf_counter()
+        took = now - self._last
+        self._last = now
+        self.done += 1
+        self.interval_seconds += took
+        self.interval_wait += waited
+        self.interval_samples += samples
+        if self.skip:
+            self.skip -= 1
+        else:
+            self.seconds += took
+            self.counted += 1
+
+    def interval(self) -> dict[str, float]:
+        """Since the last call: samples/s, share of time waiting; and the seconds left, by the mean step."""
+        seconds = max(self.interval_seconds, 1e-9)
+        figures = {"samples_per_second": self.interval_samples / seconds, "data_wait": self.interval_wait / seconds}
+        if self.counted:
+            figures["eta_seconds"] = (self.total - self.done) * self.seconds / self.counted
+        self.interval_seconds = self.interval_wait = 0.0
+        self.interval_samples = 0
+        return figures

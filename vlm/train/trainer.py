@@ -1,0 +1,310 @@
+"""The training loop: step, log, evaluate, save, stop and go on. It sees a task through its methods only."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vlm.config import Config
+from vlm.data.batch import Batch
+from vlm.errors import UserError
+from vlm.tasks.task import Task
+from vlm.train import state as saved_state
+from vlm.train.averaging import Averaging
+from vlm.train.distributed import Ranks
+from vlm.train.optimizer import build_optimizer, schedule
+from vlm.train.report import Clock, JsonLines, duration, number, say
+
+
+class TrainingLoader(Protocol):
+    """What the loop needs of the data: `steps` batches an epoch, readable from any step."""
+
+    @property
+    def steps(self) -> int:
+        """Batches an epoch."""
+        ...
+
+    def iterate(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """The epoch's batches from a step on."""
+        ...
+
+
+class StoppedOnRequest(Exception):
+    """SIGTERM, SIGUSR1 or Ctrl-C: the state is saved."""
+
+
+class Trainer:
+    """Trains `task` as `config` says.
+
+    evaluate: scores of the validation splits, with the value that selects the best checkpoint. save: writes a checkpoint folder, the training state in it
+    unless it is None. Both are given by the caller, who knows about tokenizers and files.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        loader: TrainingLoader,
+        config: Config,
+        ranks: Ranks,
+        evaluate: Callable[[Task], tuple[dict[str, Any], float]] | None,
+        save: Callable[[str, nn.Module, dict[str, Any], dict[str, Any] | None], Path],
+    ) -> None:
+        self.task = task.to(ranks.device)
+        self.loader, self.config, self.ranks = loader, config, ranks
+        self._evaluate, self._save = evaluate, save
+        self.epoch_steps = loader.steps // config.train.accumulate
+        if self.epoch_steps == 0:
+            raise UserError(
+                f"the training data give {loader.steps} batches an epoch, fewer than train.accumulate={config.train.accumulate}; "
+                "use a smaller data.batch_size or more data."
+            )
+        self.total_steps = max(1, round(config.train.epochs * self.epoch_steps))
+        self.optimizer = build_optimizer(task.model, config.optimizer)
+        self.factor = schedule(config.optimizer, self.total_steps, self.epoch_steps)
+        self.averaging = Averaging(task.model, config.train.averaging)
+        self.wrapped: nn.Module = task
+        if ranks.world > 1:
+            devices = [ranks.device.index] if ranks.device.type == "cuda" else None
+            self.wrapped = DistributedDataParallel(task, device_ids=devices, broadcast_buffers=False, find_unused_parameters=True)
+        self.step = 0
+        self.best: float | None = None
+        self.scores: dict[str, Any] = {}
+        self.stop_requested = False
+        self.log: JsonLines | None = None
+
+    def fit(self) -> dict[str, Any]:
+        """Trains from the present step to the end; the scores of the last evaluation.
+
+        Raises:
+            StoppedOnRequest: a signal asked for it; `latest` holds the state.
+            UserError: the loss is not finite, or a file cannot be written.
+        """
+        out = Path(self.config.out)
+        if self.ranks.main:
+            self.log = JsonLines(out / "log.jsonl", last_step=self.step if self.step else None)
+        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        try:
+            self._loop()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        return self.scores
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.stop_requested:
+            raise KeyboardInterrupt
+        self.stop_requested = True
+        say(f"{signal.Signals(number).name}: saving after this step (again: stop at once).")
+
+    def _loop(self) -> None:
+        train = self.config.train
+        every = train.evaluate_every or self.epoch_steps
+        clock = Clock(self.total_steps, self.step)
+        meter = Meter(self.task.weights)
+        self.task.train()
+        batches = self._batches()
+        while self.step < self.total_steps:
+            micro, waited = self._next(batches)
+            norm = self._step(micro, meter)
+            self.step += 1
+            clock.step(self.config.data.batch_size, waited)
+            last = self.step == self.total_steps
+            if self.step % train.log_every == 0 or last:
+                self._report(meter, clock, norm)
+            if self.step % every == 0 or last:
+                self.evaluate()
+            stopping = self.ranks.any(self.stop_requested)
+            if stopping or last or self.step % train.save_every == 0 or self.step % every == 0:
+                self.save("latest", with_state=True)
+            if stopping and not last:
+                raise StoppedOnRequest
+            if self.step % every == 0 or self.step % train.save_every == 0:
+                clock.restart()
+
+    def _batches(self) -> Iterator[Batch]:
+        """All batches to the end of training, epoch after epoch, from the present step on."""
+        accumulate = self.config.train.accumulate
+        step = self.step
+        while True:
+            epoch, start = divmod(step, self.epoch_steps)
+            for index, batch in enumerate(self.loader.iterate(epoch, start * accumulate)):
+                if index == (self.epoch_steps - start) * accumulate:
+                    break
+                yield batch
+            step = (epoch + 1) * self.epoch_steps
+
+    def _next(self, batches: Iterator[Batch]) -> tuple[list[Batch], float]:
+        start = time.perf_counter()
+        micro = [next(batches) for _ in range(self.config.train.accumulate)]
+        waited = time.perf_counter() - start
+        return [batch.to(self.ranks.device) for batch in micro], waited
+
+    def _step(self, micro: list[Batch], meter: "Meter") -> Tensor:
+        """One optimizer step over micro-batches; the gradient norm."""
+        factor = self.factor(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.optimizer.lr * group["factor"] * factor
+        names = list(self.task.weights)
+        counted = [self.task.counts(batch) for batch in micro]
+        totals = self.ranks.sum(torch.stack([sum((c[n].float() for c in counted), torch.zeros((), device=self.ranks.device)) for n in names]))
+        divisors = torch.where(totals > 0, totals, torch.ones_like(totals))
+        for index, batch in enumerate(micro):
+            with self._no_sync(last=index == len(micro) - 1):
+                with self.autocast():
+                    losses = self.wrapped(batch)
+                # DDP averages gradients over ranks, so the sum over ranks needs the factor `world`.
+                total = sum(
+                    (self.task.weights[n] * self.ranks.world / divisors[i]) * losses[n].sum for i, n in enumerate(names)
+                )
+                total.backward()  # type: ignore[union-attr]
+            meter.add(losses, batch)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        clip = self.config.optimizer.clip
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else float("inf"))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.task.after_step()
+        self.averaging.update(self.task.model)
+        return norm
+
+    def _no_sync(self, last: bool) -> AbstractContextManager[Any]:
+        if last or not isinstance(self.wrapped, DistributedDataParallel):
+            return nullcontext()
+        return self.wrapped.no_sync()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bf16 autocast, or nothing, on this device."""
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
+
+    def _report(self, meter: "Meter", clock: Clock, norm: Tensor) -> None:
+        values = meter.take(self.ranks)
+        values["gradient_norm"] = float(norm)
+        if not all(torch.isfinite(torch.tensor(v)) for v in (values["loss"], values["gradient_norm"])):
+            raise UserError(
+                f"step {self.step}: the loss is {values['loss']} and the gradient norm {values['gradient_norm']}; `latest` holds the last good state. "
+                "Try a lower optimizer.lr, a longer optimizer.warmup_steps or train.precision fp32."
+            )
+        values |= clock.interval()
+        values["lr"] = self.config.optimizer.lr * self.factor(self.step - 1)
+        values["temperature"] = float(self.task.model.temperature.detach())
+        if self.log is None:
+            return
+        epoch = self.step / self.epoch_steps
+        self.log.write(kind="train", step=self.step, epoch=epoch, **values)
+        parts = " ".join(f"{n} {number(values[f'{n}/loss'])}" for n in self.task.weights)
+        left = f" | eta {duration(values['eta_seconds'])}" if "eta_seconds" in values else ""
+        filled = f" | {int(values['filled'])} bad samples" if values.get("filled") else ""
+        say(
+            f"step {self.step}/{self.total_steps} (epoch {epoch:.2f}) | loss {number(values['loss'])} | {parts} | lr {values['lr']:.2e} | "
+            f"{values['samples_per_second']:.1f} samples/s | data wait {values['data_wait']:.0%}{filled}{left}"
+        )
+
+    def try_step(self, micro: list[Batch]) -> list[str]:
+        """One step, for a dry run: its losses, time and, on a GPU, peak memory."""
+        meter = Meter(self.task.weights)
+        start = time.perf_counter()
+        self.task.train()
+        self._step([batch.to(self.ranks.device) for batch in micro], meter)
+        values = meter.take(self.ranks)
+        lines = ["one step: " + ", ".join(f"{name} {number(value)}" for name, value in values.items())]
+        lines.append(f"it took {time.perf_counter() - start:.2f} s (the first one is slower)")
+        if self.ranks.device.type == "cuda":
+            lines.append(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+        return lines
+
+    def evaluate(self) -> None:
+        """Scores of the validation splits; a new best is saved."""
+        if self._evaluate is None:
+            return
+        with self.averaging.applied(self.task), self.autocast():
+            self.task.eval()
+            scores, value = self._evaluate(self.task)
+        self.task.train()
+        self.scores = scores
+        improved = self.best is None or value > self.best
+        if self.log is not None:
+            self.log.write(kind="evaluation", step=self.step, scores=scores, selects=value, best=improved)
+        if improved:
+            self.best = value
+            self.save("best", with_state=False)
+
+    def save(self, name: str, with_state: bool) -> None:
+        """Writes the checkpoint folder `name` of the run."""
+        if self.ranks.main:
+            state = self.state() if with_state else None
+            self._save(name, self.averaging.best(self.task.model), self.scores, state)
+        self.ranks.barrier()
+
+    def state(self) -> dict[str, Any]:
+        """Everything that going on needs beside the settings."""
+        averaged = self.averaging.averaged
+        return {
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "best": self.best,
+            "model": self.task.model.state_dict(),
+            "averaged": None if averaged is None else averaged.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "task": self.task.training_state(),
+            "random": saved_state.random_state(self.ranks.device),
+            "scores": self.scores,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on from `state`.
+
+        Raises:
+            UserError: it belongs to a run of another length.
+        """
+        if state["total_steps"] != self.total_steps:
+            raise UserError(
+                f"the saved run has {state['total_steps']} steps, these settings give {self.total_steps}; resume with the settings it was started with."
+            )
+        self.task.model.load_state_dict(state["model"])
+        if self.averaging.averaged is not None and state["averaged"] is not None:
+            self.averaging.averaged.load_state_dict(state["averaged"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.task.load_training_state(state["task"])
+        saved_state.set_random_state(state["random"], self.ranks.device)
+        self.step, self.best, self.scores = state["step"], state["best"], state["scores"]
+
+
+class Meter:
+    """Means of the losses and scalars since the last report, kept on the device until then."""
+
+    def __init__(self, weights: dict[str, float]) -> None:
+        self.weights = weights
+        self.sums: dict[str, Tensor] = {}
+        self.filled: dict[str, int] = {}
+
+    def add(self, losses: dict[str, Any], batch: Batch) -> None:
+        """A micro-batch."""
+        for name, loss in losses.items():
+            self._add(f"{name}/loss", loss.sum, loss.count)
+            for scalar, (total, count) in loss.scalars.items():
+                self._add(f"{name}/{scalar}", total, count)
+        for cause, count in batch.filled.items():
+            self.filled[cause] = self.filled.get(cause, 0) + count
+
+    def _add(self, name: str, total: Tensor, count: Tensor) -> None:
+        pair = torch.stack([total.detach().float(), count.detach().float()])
+        self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+
+    def take(self, ranks: Ranks) -> dict[str, float]:
+        """The means over ranks, and the weighted total; then starts anew."""
+        names = list(self.sums)
+        sums = ranks.sum(torch.stack([self.sums[name] for name in names])).cpu()
+        values: dict[str, float] = {n: (total / max(count, 1e-9)).item() for n, (total, count) in zip(names, sums, strict=True)}
+        values["loss"] = sum(weight * values[f"{name}/loss"] for name, weight in self.weights.items())
+        values["filled"] = sum(self.filled.values())
+        for cause, count in self.filled.items():
+            values[f"filled/{cause}"] = count
+        self.sums, self.filled = {}, {}
+        return values
