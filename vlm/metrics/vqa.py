@@ -1,0 +1,209 @@
+"""Accuracy of answers to questions about images: the official VQA evaluator, quirks included.
+
+Source: VQA v2's evaluation code (Antol et al. 2015, Goyal et al. 2017; github.com/GT-Vision-Lab/VQA), which is Python 2
+and gives no score for one's own file without a server. The quirks are kept because every published number has them:
+answers are normalised only where the annotators' answers differ; a period stays only before a digit, and only 32 of
+them are removed; two contractions can never be found, as the text is in lower case by then.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vlm.errors import UserError
+from vlm.metrics.captions import listed
+
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_COMMA_IN_NUMBER = re.compile(r"\d,\d", re.ASCII)
+_PERIOD = re.compile(r"\.(?!\d)", re.ASCII)  # there: (?!<=\d)(\.)(?!\d), a lookbehind with a slip, which never holds
+_PERIODS_REMOVED = 32  # there: re.UNICODE passed where the count goes
+_ARTICLES = frozenset({"a", "an", "the"})
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
+_AGREEING = 3  # annotators that must have given an answer for it to be wholly right
+
+
+def _contractions() -> dict[str, str]:
+    """What is written without its apostrophe -> with it; the official table, including what it lacks and its slips."""
+    whole = (
+        "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's"
+        " isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've"
+        " shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd"
+        " there're there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've"
+        " when's where'd where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all"
+        " you'd you'll you're you've"
+    )
+    table = {word.replace("'", ""): word for word in whole.split()}
+    # Two apostrophes: found when the first or the second is missing, for the words and ways that the table has.
+    both = "hadn't've he'd've it'd've mightn't've shouldn't've somebody'd've someone'd've something'd've there'd've"
+    for word in (both + " couldn't've they'd've we'd've who'd've wouldn't've y'all'll she'd've you'd've").split():
+        first, second = word.index("'"), word.rindex("'")
+        table[word[:first] + word[first + 1 :]] = word
+        table[word[:second] + word[second + 1 :]] = word
+    return table | {
+        "somebody'd": "somebodyd",
+        "ow's'at": "'ow's'at",
+        "'ows'at": "'ow's'at",
+        "'ow'sat": "'ow's'at",
+        "yall'd've": "y'all'd've",
+        "y'alld've": "y'all'd've",
+        "y'all'dve": "y'all'd've",
+    }
+
+
+CONTRACTIONS = _contractions()
+
+
+def _trim(answer: str) -> str:
+    return answer.replace("\n", " ").replace("\t", " ").strip()
+
+
+def normalize_answer(answer: str) -> str:
+    """An answer as the official evaluator compares it: no punctuation, no articles, number words as digits.
+
+    'Two dogs!' -> '2 dogs'; 'U.S.A.' -> 'usa'; '1,000' -> '1000'; 'dont' -> "don't"; '10:30' stays.
+    """
+    answer = text = _trim(answer)
+    number = _COMMA_IN_NUMBER.search(answer) is not None
+    for sign in _PUNCTUATION:
+        beside_space = f"{sign} " in answer or f" {sign}" in answer  # of the text as it was, not as changed so far
+        text = text.replace(sign, "" if beside_space or number else " ")
+    text = _PERIOD.sub("", text, count=_PERIODS_REMOVED)
+    words = (_NUMBERS.get(word, word) for word in text.lower().split())
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """How right an answer is, 0..1, given what each annotator answered.
+
+    With four annotators or more it is the official number: the mean, over the annotators, of min(1, matches among the
+    others / 3); of ten, 1, 2, 3, 4 matches give 0.3, 0.6, 0.9, 1. Both sides are normalised unless all annotators
+    answered the same. The official evaluator knows ten annotators only. With one (DAQUAR, easy-VQA), the accuracy is
+    1 where the normalised answers are equal, else 0; with two or three, all of the others count as agreement.
+    """
+    if not answers:
+        raise ValueError("answers is empty, expected the answer of at least one annotator.")
+    prediction, answers = _trim(prediction), [_trim(answer) for answer in answers]
+    if len(answers) == 1:
+        return float(normalize_answer(prediction) == normalize_answer(answers[0]))
+    if len(set(answers)) > 1:
+        prediction, answers = normalize_answer(prediction), [normalize_answer(answer) for answer in answers]
+    agreeing, matches = min(_AGREEING, len(answers) - 1), answers.count(prediction)
+    return sum(min(1.0, (matches - (answer == prediction)) / agreeing) for answer in answers) / len(answers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VqaScores:
+    """Accuracies in percent, unrounded; the official evaluator rounds to two digits when it prints."""
+
+    overall: float
+    perAnswerType: dict[str, float]  # noqa: N815   (the official names)
+    perQuestionType: dict[str, float]  # noqa: N815
+    per_question: dict[Any, float]
+    """By question_id."""
+
+    def rounded(self) -> dict[str, Any]:
+        """The official result file: overall, perAnswerType, perQuestionType, rounded to two digits."""
+        return {
+            "overall": round(self.overall, 2),
+            "perAnswerType": {name: round(value, 2) for name, value in self.perAnswerType.items()},
+            "perQuestionType": {name: round(value, 2) for name, value in self.perQuestionType.items()},
+        }
+
+
+def vqa_scores(
+    questions: Sequence[Mapping[str, Any]],
+    annotations: Sequence[Mapping[str, Any]],
+    predictions: Sequence[Mapping[str, Any]],
+) -> VqaScores:
+    """Score predictions for all of the questions.
+
+    questions: [{"question_id", ...}]; annotations: [{"question_id", "answers": [{"answer", ...}], "answer_type"?,
+    "question_type"?}], those of other questions are not looked at; predictions: [{"question_id", "answer"}].
+    Raises UserError for a question without prediction or annotation, and for an unknown or repeated question_id.
+    """
+    asked = _by_question(questions, "questions")
+    annotated = _by_question(annotations, "annotations")
+    predicted = _by_question(predictions, "predictions")
+    _check(asked, annotated, predicted)
+
+    per_question: dict[Any, float] = {}
+    groups: dict[str, defaultdict[str, list[float]]] = {
+        key: defaultdict(list) for key in ("answer_type", "question_type")
+    }
+    for key in asked:
+        answers = [_text(answer, key, "annotations") for answer in _answers(annotated[key], key)]
+        score = accuracy(_text(predicted[key], key, "predictions"), answers)
+        per_question[key] = score
+        for group, scores in groups.items():
+            if group in annotated[key]:
+                scores[annotated[key][group]].append(score)
+    by_answer, by_question = ({name: _percent(group[name]) for name in sorted(group)} for group in groups.values())
+    return VqaScores(
+        overall=_percent(list(per_question.values())),
+        perAnswerType=by_answer,
+        perQuestionType=by_question,
+        per_question={key: 100 * score for key, score in per_question.items()},
+    )
+
+
+def _percent(scores: Sequence[float]) -> float:
+    return 100 * sum(scores) / len(scores)
+
+
+def _by_question(records: Sequence[Mapping[str, Any]], what: str) -> dict[Any, Mapping[str, Any]]:
+    for position, record in enumerate(records):
+        if not isinstance(record, Mapping) or not isinstance(record.get("question_id"), (int, str)):
+            raise UserError(f'{what}, record {position}: {str(record)[:80]}; expected an object with a "question_id".')
+    table = {record["question_id"]: record for record in records}
+    if len(table) < len(records):
+        counts = Counter(record["question_id"] for record in records)
+        repeated = [key for key, count in counts.items() if count > 1]
+        raise UserError(f"{what}: {listed(repeated, 'question_id')} occurring more than once; keep one record each.")
+    return table
+
+
+def _check(asked: Mapping[Any, Any], annotated: Mapping[Any, Any], predicted: Mapping[Any, Any]) -> None:
+    if not asked:
+        raise UserError("No question to score: the questions are empty.")
+    if missing := [key for key in asked if key not in annotated]:
+        raise UserError(
+            f"annotations: {listed(missing, 'question')} of {len(asked)} without annotation; are questions and"
+            " annotations of the same split?"
+        )
+    if unknown := [key for key in predicted if key not in asked]:
+        texts = (
+            " (the ids are texts there and numbers here: write them as numbers)" if _as_texts(unknown, asked) else ""
+        )
+        raise UserError(
+            f"predictions: {listed(unknown, 'question_id')} not among the {len(asked)} questions{texts}; are they for"
+            " another split?"
+        )
+    if missing := [key for key in asked if key not in predicted]:
+        raise UserError(
+            f"predictions: {listed(missing, 'question')} of {len(asked)} without an answer; the official evaluator"
+            " demands an answer to every question, as a part of them is another test: answer all (an empty answer"
+            " counts as wrong), or give a questions file with those that you answered."
+        )
+
+
+def _as_texts(unknown: Sequence[Any], asked: Mapping[Any, Any]) -> bool:
+    return isinstance(unknown[0], str) and unknown[0] in {str(key) for key in asked}
+
+
+def _answers(annotation: Mapping[str, Any], key: Any) -> Sequence[Any]:
+    answers = annotation.get("answers")
+    if not isinstance(answers, Sequence) or isinstance(answers, str) or not answers:
+        raise UserError(
+            f'annotations, question {key!r}: "answers" is {answers!r}, expected a list of {{"answer": ...}}.'
+        )
+    return answers
+
+
+def _text(record: Any, key: Any, what: str) -> str:
+    answer = record.get("answer") if isinstance(record, Mapping) else record
+    if not isinstance(answer, str):
+        raise UserError(f'{what}, question {key!r}: the answer is {answer!r}, expected text: "answer": "yes".')
+    return answer
