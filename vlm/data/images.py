@@ -37,18 +37,23 @@ def decode_image(
     """
     name = name or ("image" if isinstance(source, bytes) else str(source))
     data = source if isinstance(source, bytes) else _read(Path(source), name)
-    image = _open(data, name, max_pixels)
-    size = image.size
-    try:
-        if at_least is not None:
-            image.draft(None, (at_least, at_least))
-        image.load()
-        return _to_rgb(_upright(image))
-    except Exception as error:  # Pillow's decoders raise whatever their format's damage leads to
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BadImage(
-            f"{name}: the {image.format} image of {size[0]}x{size[1]} pixels is damaged or cut short ({reason}); get the file again."
-        ) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # Pillow's, on size, odd EXIF blocks and palettes: what matters here is an error
+        image = _open(data, name, max_pixels)
+        width, height = image.size
+        try:
+            if at_least is not None:
+                image.draft(None, (at_least, at_least))
+            image.load()
+            return _to_rgb(_upright(image))
+        except Exception as error:  # Pillow's decoders raise whatever their format's damage leads to
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise BadImage(
+                f"{name}: the {image.format} image of {width}x{height} pixels is damaged or cut short ({reason}); "
+                "get the file again."
+            ) from error
 
 
 def _read(path: Path, name: str) -> bytes:
@@ -67,9 +72,7 @@ def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
     if not data:
         raise BadImage(f"{name}: empty (0 bytes); {_FORMATS}.")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
         raise BadImage(f"{name}: too large, more than {MAX_PIXELS:,} pixels; reduce the image.") from error
     except Exception as error:
@@ -99,8 +102,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(_to_8_bits(np.asarray(image)))
-    elif image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        image = image.convert("RGBA")  # the same colours, without Pillow's warning
     elif image.mode in ("RGBa", "La"):  # premultiplied: there is no direct way
         image = image.convert(image.mode.upper())
     elif image.mode == "LAB":

@@ -42,7 +42,7 @@ class Record:
     """One image with its texts.
 
     image: the encoded bytes. captions: non-empty strings. questions: dicts with at least "question" (and "question_id", "answers"). image_id: signed
-    64-bit hash of "source/id", equal for equal images. At least one caption or question is present.
+    64-bit hash of "source/id", equal for equal images; name: that id as the record gives it, or the key. At least one caption or question is present.
     """
 
     source: str
@@ -51,6 +51,7 @@ class Record:
     captions: list[str]
     questions: list[dict[str, Any]]
     image_id: int
+    name: int | str = ""
 
 
 def image_hash(source: str, image_id: int | str) -> int:
@@ -81,8 +82,9 @@ def parse_record(source: str, key: str, members: dict[str, bytes]) -> Record:
     captions = [c.strip() for c in captions if c.strip()]
     if not captions and not questions:
         raise BadRecord("no text", f"{name} has neither a caption nor a question.")
-    image_id = fields.get("image_id")
-    return Record(source, key, image, captions, questions, image_hash(source, key if image_id is None else image_id))
+    given = fields.get("image_id")
+    image_name = key if given is None else given
+    return Record(source, key, image, captions, questions, image_hash(source, image_name), image_name)
 
 
 def _decode(name: str, data: bytes) -> str:

@@ -50,16 +50,23 @@ class CaptionEncoder:
         if not captions:
             raise BadRecord("no caption", f"no caption in record {record.source}/{record.key}")
         if self.texts_per_image == "one":
-            captions = [_draw(captions, self.training, self.seed, epoch, record, "caption")]
+            captions = [_draw(self._whole(captions), self.training, self.seed, epoch, record, "caption")]
         texts = []
         for number, (raw, cleaned) in enumerate(captions):
             ids, prompt = self.tokenizer.encode_with_prompt(self.prompt, cleaned, self.max_tokens)
             source: dict[str, Any] = {"caption": raw}
             if not self.training:
-                source["references"] = list(record.captions)
+                source |= {"image": record.name, "references": list(record.captions)}
             text = EncodedText(ids, prompt, source=source)
             texts.append(text if self.masking_probability is None else self._mask(text, record, epoch, number))
         return texts
+
+    def _whole(self, captions: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """In training those that fit, if any: a caption that is cut would teach to stop in the middle of a sentence."""
+        if not self.training or len(captions) == 1:
+            return captions
+        room = self.max_tokens - 1 - len(self.tokenizer.encode("", prompt=self.prompt)[:-1])
+        return [c for c in captions if len(self.tokenizer.pieces(c[1])) <= room] or captions
 
     def _mask(self, text: EncodedText, record: Record, epoch: int, number: int) -> EncodedText:
         t, probability = self.tokenizer, self.masking_probability or 0.0

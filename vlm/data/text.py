@@ -149,15 +149,21 @@ def _frame(inner: tokenizers.Tokenizer) -> None:
 def train_wordpiece(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> Tokenizer:
     """A lower-case WordPiece vocabulary of at most `vocab_size` tokens, of pieces that occur `min_frequency` times in `texts`.
 
-    Ids 0 to 4 are [PAD] [UNK] [CLS] [SEP] [MASK].
+    Ids 0 to 4 are [PAD] [UNK] [CLS] [SEP] [MASK], then come the single characters. Equal texts give equal vocabularies.
     """
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=list(_SPECIAL), show_progress=False
-    )
+    texts = list(texts)
     inner = _bert({})
+    # Left to itself the trainer numbers the ##characters in the order of a hash map, and breaks ties between pieces by these numbers.
+    characters = sorted({c for text in texts for c in inner.normalizer.normalize_str(text) if not c.isspace()})
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=[*_SPECIAL, *characters, *(f"##{c}" for c in characters)],
+        show_progress=False,
+    )
     with _one_thread():
         inner.train_from_iterator(texts, trainer)
-    return Tokenizer(_bert(inner.get_vocab()))
+    return Tokenizer(_bert(inner.get_vocab(with_added_tokens=False)))
 
 
 @contextmanager
@@ -202,6 +208,12 @@ def trim(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[Tokenizer, list[in
     inner = tokenizers.Tokenizer.from_str(json.dumps(content))
     _frame(inner)
     return Tokenizer(inner), old_ids
+
+
+def tidy(text: str) -> str:
+    """A decoded text as people write it: "t - shirt" and "man ' s", as BERT's tokenizer takes them apart, become "t-shirt" and "man's"."""
+    text = re.sub(r"(?<=\w) ' (?=(?:s|t|re|ve|ll|d|m)\b)", "'", text)
+    return re.sub(r"(?<=\w) - (?=\w)", "-", text)
 
 
 def clean_caption(text: str, max_words: int = 50) -> str:
