@@ -22,6 +22,7 @@ from vlm.model.convert.bert import (
 from vlm.model.text_transformer import TextTransformer
 from vlm.model.vocabulary_head import VocabularyHead
 
+torch.set_num_threads(1)  # faster for shapes as small as these
 BERT: dict[str, Any] = {
     "vocab_size": 60,
     "hidden_size": 24,

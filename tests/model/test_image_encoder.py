@@ -1,6 +1,7 @@
 """ImageEncoder: token counts, equality with timm, sizes, freezing, weights files. timm's test_* models are a few thousand weights."""
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,14 @@ from vlm.model.image_encoder import ImageEncoder
 
 TRANSFORMERS = ("test_vit", "test_vit2")
 CONVOLUTIONAL = ("test_resnet", "test_efficientnet", "test_convnext")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def build(name: str, load: bool = True, **settings: object) -> ImageEncoder:
@@ -67,10 +76,12 @@ def test_equals_timm(name: str) -> None:
             features = reference.head.norm(features)
         features = features.flatten(2).transpose(1, 2)
         tokens = tokens - encoder.positions.flatten(2).transpose(1, 2)
+    elif name == "test_vit2":
+        features = reference.fc_norm(features)
     torch.testing.assert_close(tokens, features, rtol=1e-4, atol=1e-5)
-    # timm pools to the same vector: the class token, or the mean
-    if name != "test_convnext":  # which norms after pooling
-        torch.testing.assert_close(encoder.pool(tokens), reference((images / 255 - mean) / std), rtol=1e-4, atol=1e-5)
+    if name not in ("test_convnext", "test_vit2"):  # these norm after pooling
+        pooled = reference((images / 255 - mean) / std)
+        torch.testing.assert_close(encoder.pool(tokens), pooled, rtol=1e-4, atol=1e-5)
 
 
 def test_float_images_are_taken_as_normalised() -> None:
@@ -241,7 +252,7 @@ def test_unfit_weights_name_what_differs(tmp_path: Path) -> None:
     file = tmp_path / "weights.safetensors"
     save_file(timm.create_model("test_vit").state_dict(), file)
     with pytest.raises(
-        CheckpointError, match=r"does not fit test_resnet.*missing: '.*unexpected: 'cls_token'.*image\.name"
+        CheckpointError, match=r"does not fit test_resnet.*missing: '.*unexpected: 'blocks.*image\.name"
     ):
         build("test_resnet", weights=str(file))
     state = timm.create_model("test_resnet").state_dict()
@@ -269,7 +280,7 @@ def test_unreadable_weights(tmp_path: Path) -> None:
 
 
 def test_unknown_names_and_settings() -> None:
-    with pytest.raises(ConfigError, match="nearest are .*resnet50"):
+    with pytest.raises(ConfigError, match=r"nearest are .*resnet50"):
         build("resnet5O")
     with pytest.raises(ConfigError, match=r"drop_path=0\.1"):
         build("vgg11", drop_path=0.1)
@@ -298,3 +309,21 @@ def test_builds_without_memory() -> None:
     with torch.device("meta"):
         for name in ("test_vit", "test_resnet"):
             assert build(name, image_size=96).tokens() in (37, 9)
+
+
+def test_stages_keep_the_feature_map_of_that_index() -> None:
+    whole = timm.create_model("resnet10t", num_classes=0).eval()
+    encoder = ImageEncoder(ImageConfig(name="resnet10t", image_size=64, stages=2)).eval()
+    encoder.backbone.load_state_dict(whole.state_dict(), strict=False)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = whole.forward_intermediates(images, indices=[2], intermediates_only=True)[0]
+        tokens = encoder(images) - encoder.positions.flatten(2).transpose(1, 2)
+    assert encoder.dim == 128
+    assert encoder.tokens() == 64
+    torch.testing.assert_close(tokens, expected.flatten(2).transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+def test_stages_beyond_the_last_are_refused() -> None:
+    with pytest.raises(ConfigError, match="stages=9"):
+        ImageEncoder(ImageConfig(name="resnet10t", image_size=64, stages=9))

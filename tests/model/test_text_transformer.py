@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from vlm.config import TextConfig
+from vlm.errors import ConfigError
 from vlm.model.attention import CrossMemory, CrossMemoryProjection
 from vlm.model.text_transformer import TextTransformer
 from vlm.model.vocabulary_head import VocabularyHead
 
+torch.set_num_threads(1)  # faster for shapes as small as these
 CONFIG = TextConfig(
     vocab_size=40,
     dim=16,
@@ -164,13 +166,13 @@ def test_vocabulary_head_shares_the_word_embedding() -> None:
 
 def test_errors_name_what_to_change() -> None:
     model = _model()
-    with pytest.raises(ValueError, match="25 tokens do not fit max_positions=20"):
+    with pytest.raises(ConfigError, match="25 tokens do not fit max_positions=20"):
         model.embed(torch.ones(1, 25, dtype=torch.long))
-    with pytest.raises(ValueError, match="30 tokens do not fit max_positions=20"):
+    with pytest.raises(ConfigError, match="30 tokens do not fit max_positions=20"):
         model.new_cache(2, 30)
-    with pytest.raises(ValueError, match=r"cross_attention names layers \[4\]"):
+    with pytest.raises(ConfigError, match=r"cross_attention names layers \[4\]"):
         TextTransformer(replace(CONFIG, cross_attention=(4,)))
-    with pytest.raises(ValueError, match="activation='swish' is not known; choose one of gelu"):
+    with pytest.raises(ConfigError, match="activation='swish' is not known; choose one of gelu"):
         TextTransformer(replace(CONFIG, activation="swish"))
     cache = model.new_cache(3, 4)
     with pytest.raises(ValueError, match="do not fit a cache of 3 rows and 4 positions"):

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlm.errors import ConfigError
+
 
 class LayerCache(Protocol):
     """Keys and values of earlier positions of one layer (see `text_cache.TextCache`)."""
@@ -90,7 +92,7 @@ def _split(states: Tensor, heads: int) -> Tensor:
 
 def _check_heads(dim: int, heads: int) -> None:
     if dim % heads:
-        raise ValueError(
+        raise ConfigError(
             f"dim={dim} cannot be divided among heads={heads}; choose a multiple of {heads}, or other heads."
         )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlm.errors import ConfigError
 from vlm.model.attention import CrossMemory
 from vlm.model.generation import (
     Decoder,
@@ -72,7 +73,7 @@ def beam_search(
     default); True stops exactly when no running text can beat the best finished one any more (its `early_stopping="never"`).
     """
     if beams < 1:
-        raise ValueError(f"beams={beams}: give at least 1, which is greedy decoding.")
+        raise ConfigError(f"beams={beams}: give at least 1, which is greedy decoding.")
     if beams == 1:
         return greedy(model, memory, ids, mask, rules)
     if len(ids) == 0:
@@ -80,30 +81,23 @@ def beam_search(
     search = _Search(rules, beams, length_penalty, exhaustive)
     logits, cache = read_prompt(model, memory, ids, mask, rules.max_length)
     prompts = torch.arange(len(ids), device=ids.device)
-    results: dict[int, Generated] = {}
     first = prompts.repeat_interleave(beams)
     logits, history, cache = logits[first], aligned_history(ids, mask)[first], cache.select(first)
-    running = _empty(len(ids), beams, rules, logits)
-    finished = _empty(len(ids), beams, rules, logits)
+    running, finished = (_none_yet(len(ids), beams, rules, logits) for _ in range(2))
     running.scores[:, 0] = 0.0
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    results: dict[int, Generated] = {}
     for produced in range(rules.max_length):
         parents, running, finished = search.advance(logits, history, running, finished, done, produced)
         done = done | search.settled(running, finished, produced + 1)
-        over = produced + 1 == rules.max_length or bool(done.all())
-        if over or int(done.sum()) * 2 >= len(prompts):
-            leaving = torch.ones_like(done) if over else done
-            results.update(_collect(prompts[leaving], finished.rows(leaving), rules))
-        if over:
+        settled = int(done.sum())
+        if settled == len(done) or produced + 1 == rules.max_length:
             break
-        if int(done.sum()) * 2 >= len(prompts):
+        if settled * 2 >= len(done):
+            results |= _results(prompts[done], finished.rows(done), rules)
             kept = (~done).nonzero().squeeze(1)
-            running, finished, parents, memory = (
-                running.rows(kept),
-                finished.rows(kept),
-                parents[kept],
-                kept_memory(memory, kept, len(done)),
-            )
+            memory = kept_memory(memory, kept, len(done))
+            running, finished, parents = running.rows(kept), finished.rows(kept), parents[kept]
             prompts, done = prompts[kept], done[kept]
             cache = cache.select(parents.flatten())
         else:
@@ -111,6 +105,7 @@ def beam_search(
         token = running.tokens[:, :, produced].flatten()
         history = torch.cat([history[parents.flatten()], token[:, None]], dim=1)
         logits = next_logits(model, memory, token, cache)
+    results |= _results(prompts, finished, rules)
     return [results[i] for i in range(len(ids))]
 
 
@@ -163,12 +158,12 @@ class _Search:
         return settled
 
 
-def _empty(prompts: int, beams: int, rules: Rules, like: Tensor) -> _Texts:
+def _none_yet(prompts: int, beams: int, rules: Rules, like: Tensor) -> _Texts:
     shape = (prompts, beams, rules.max_length)
     tokens = torch.full(shape, rules.end_id, device=like.device)
     return _Texts(tokens, like.new_zeros(shape), like.new_full(shape[:2], -math.inf))
 
 
-def _collect(prompts: Tensor, finished: _Texts, rules: Rules) -> dict[int, Generated]:
+def _results(prompts: Tensor, finished: _Texts, rules: Rules) -> dict[int, Generated]:
     best = cut(finished.tokens[:, 0], finished.logprobs[:, 0], rules.end_id, finished.scores[:, 0].tolist())
     return dict(zip(prompts.tolist(), best, strict=True))

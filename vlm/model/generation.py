@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from vlm.errors import ConfigError
 from vlm.model.attention import CrossMemory
 from vlm.model.text_cache import TextCache
 
@@ -82,13 +83,13 @@ class Rules:
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_length < self.max_length:
-            raise ValueError(
+            raise ConfigError(
                 f"min_length={self.min_length} and max_length={self.max_length}: give 0 <= min_length < max_length."
             )
         if self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1 is none.")
+            raise ConfigError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1 is none.")
         if self.no_repeat_ngram < 0:
-            raise ValueError(f"no_repeat_ngram={self.no_repeat_ngram} must not be negative; 0 allows repetition.")
+            raise ConfigError(f"no_repeat_ngram={self.no_repeat_ngram} must not be negative; 0 allows repetition.")
 
     def apply(self, scores: Tensor, history: Tensor, produced: int) -> Tensor:
         """Scores (R, V) with -inf where a token is forbidden. history: (R, N), -1 before a row's first token. produced: tokens after the prompt."""
@@ -222,7 +223,7 @@ def sample(
     generator: one for the batch; or one for each prompt, so that a prompt's text does not depend on the batch.
     """
     if temperature <= 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"{temperature=}, {top_k=}, {top_p=}: give temperature > 0, top_k >= 0 and 0 < top_p <= 1.")
+        raise ConfigError(f"{temperature=}, {top_k=}, {top_p=}: give temperature > 0, top_k >= 0 and 0 < top_p <= 1.")
     count = len(ids)
 
     def choose(scores: Tensor, rows: Tensor) -> Tensor:

@@ -46,6 +46,8 @@ class ImageEncoder(nn.Module):
         self.backbone = _create(config, download=load and config.pretrained and config.weights is None)
         if load and config.weights is not None:
             load_weights(self.backbone, config.weights, config.name)
+        if config.stages is not None:
+            _keep_stages(self.backbone, config)
         # Not at creation: a model whose head normalises the pooled features needs those weights, and applies them to each token from here on.
         self.backbone.reset_classifier(0, "")
 
@@ -272,6 +274,14 @@ def _create(config: ImageConfig, download: bool) -> Any:
             f"The pretrained weights of {config.name} could not be fetched ({type(error).__name__}: {str(error).splitlines()[0]}); "
             "give image.weights a local file, or set image.pretrained to false."
         ) from error
+
+
+def _keep_stages(backbone: Any, config: ImageConfig) -> None:
+    """Cuts what follows the feature map of index `stages`."""
+    try:
+        backbone.prune_intermediate_layers([config.stages], prune_norm=True, prune_head=True)
+    except (AssertionError, AttributeError, ValueError, IndexError) as error:
+        raise ConfigError(f"image.stages={config.stages} does not suit {config.name}: {error}; use a smaller index, or null.") from error
 
 
 def _interpolate(positions: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -161,7 +161,7 @@ class _Search:
         ids = self.tree.path[nodes.flatten(), :length]
         states = _read(self.model, self.memory, ids, depth, self.cache.select(rows))
         last = states[torch.arange(len(rows), device=rows.device), depth - 1]
-        return exact_logits(self.model, last).unflatten(0, nodes.shape)
+        return exact_logits(self.model, last).view(*nodes.shape, -1)
 
     def _learn(self, prompts: Tensor, nodes: Tensor, logits: Tensor) -> None:
         """Enters what the logits (R, V) after the prefixes `nodes` (R,) of `prompts` (R,) say about their ends and their children."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlm.config import TextConfig
+from vlm.errors import ConfigError
 from vlm.model.attention import Attention, CrossAttention, CrossMemory, LayerCache, attention_mask, initialise
 from vlm.model.text_cache import TextCache
 from vlm.model.vocabulary_head import activation_function
@@ -33,7 +34,7 @@ class Embeddings(nn.Module):
         length, limit = ids.shape[1], self.position.num_embeddings
         last = length + (offset if isinstance(offset, int) else 0)
         if last > limit:
-            raise ValueError(
+            raise ConfigError(
                 f"{last} tokens do not fit max_positions={limit}; cut the text, or train with more positions."
             )
         positions = torch.arange(length, device=ids.device)
@@ -65,7 +66,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: TextConfig, cross_attention: bool) -> None:
         super().__init__()
-        dim, heads, dropout, eps = config.dim, config.heads, config.dropout, config.norm_eps
+        dim, heads, dropout, eps = config.dim, config.heads, config.attention_dropout, config.norm_eps
         self.self_attention = Attention(dim, heads, dropout)
         self.self_norm = nn.LayerNorm(dim, eps=eps)
         separate = config.separate_causal_attention
@@ -75,7 +76,7 @@ class Layer(nn.Module):
         self.cross_norm = nn.LayerNorm(dim, eps=eps) if cross_attention else None
         self.feed_forward = FeedForward(dim, config.feed_forward_dim, config.activation)
         self.feed_forward_norm = nn.LayerNorm(dim, eps=eps)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self,
@@ -108,7 +109,7 @@ class TextTransformer(nn.Module):
         super().__init__()
         wrong = [i for i in config.cross_attention if not 0 <= i < config.layers]
         if wrong:
-            raise ValueError(
+            raise ConfigError(
                 f"cross_attention names layers {wrong}, but there are only 0 to {config.layers - 1}; leave them out."
             )
         self.config = config
@@ -132,7 +133,7 @@ class TextTransformer(nn.Module):
         """An empty cache for `rows` texts of up to max_length tokens, for the layers [first:last]."""
         limit = self.config.max_positions
         if max_length > limit:
-            raise ValueError(f"{max_length} tokens do not fit max_positions={limit}; ask for at most that many.")
+            raise ConfigError(f"{max_length} tokens do not fit max_positions={limit}; ask for at most that many.")
         return TextCache(rows, max_length, (self.config.layers if last is None else last) - first, first)
 
     def forward(

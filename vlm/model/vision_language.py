@@ -135,9 +135,10 @@ class VisionLanguageModel(nn.Module):
     ) -> Tensor:
         """Causal states (R, L, D) of the decoder's last layer; the language head makes logits of those that are wanted."""
         stack = self.text if self.decoder is None else self.decoder
-        offset = 0 if cache is None else cache.length
-        if offset == 0:
+        if cache is None or cache.length == 0:
             ids = self._first_token(ids, "decoder")
+        # Rows with prompts of different lengths count their own positions.
+        offset = 0 if cache is None else cache.offset
         return stack(stack.embed(ids, offset), mask, memory, causal=True, cache=cache)
 
     def decode(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm.config import TextConfig
+from vlm.errors import ConfigError
 from vlm.model.attention import initialise
 
 
@@ -21,9 +22,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_tanh
 
 
 def activation_function(name: str) -> Callable[[Tensor], Tensor]:
-    """The function of that name; a ValueError names the known ones."""
+    """The function of that name; a ConfigError names the known ones."""
     if name not in ACTIVATIONS:
-        raise ValueError(f"activation={name!r} is not known; choose one of {', '.join(ACTIVATIONS)}.")
+        raise ConfigError(f"activation={name!r} is not known; choose one of {', '.join(ACTIVATIONS)}.")
     return ACTIVATIONS[name]
 
 

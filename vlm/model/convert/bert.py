@@ -219,6 +219,7 @@ def _config_fields(foreign: dict[str, Any], file: Path) -> dict[str, Any]:
         "norm_eps": foreign.get("layer_norm_eps", 1e-12),
         "token_types": True,
         "dropout": foreign.get("hidden_dropout_prob", 0.1),
+        "attention_dropout": foreign.get("attention_probs_dropout_prob", 0.1),
         "pad_id": foreign.get("pad_token_id", 0),
         "activation": ACTIVATIONS[foreign.get("hidden_act", "gelu")],
     }
