@@ -77,7 +77,7 @@ def _from_checkpoint(config: Config, folder: str) -> Parts:
     merged = replace(
         saved,
         image=image,
-        text=replace(saved.text, dropout=ours.text.dropout),
+        text=replace(saved.text, dropout=ours.text.dropout, attention_dropout=ours.text.attention_dropout),
         decoder=ours.decoder,
         decoder_layers=ours.decoder_layers,
         decoder_reads=ours.decoder_reads,
@@ -107,7 +107,7 @@ def _tokenizer_and_text(config: Config, sets: Sequence[ShardSet]) -> tuple[Token
         fields, weights = load_bert_folder(config.text_weights)
         if text.layers > fields["layers"]:
             raise ConfigError(f"model.text.layers={text.layers}, but {config.text_weights} has {fields['layers']}; use at most that many.")
-        kept_here = {"layers", "cross_attention", "dropout"}
+        kept_here = {"layers", "cross_attention", "dropout", "attention_dropout"}
         text = replace(text, **{k: v for k, v in fields.items() if k not in kept_here and k != "max_positions"})
         text = replace(text, max_positions=min(text.max_positions, fields["max_positions"]))
     source = settings.source or config.text_weights

@@ -18,6 +18,8 @@ class ImageConfig:
     """Side of the square input in pixels; null takes timm's for this model."""
     weights: str | None = None
     """A local weights file (.safetensors, or a state dict that loads with weights_only)."""
+    stages: int | None = None
+    """Keep the backbone only up to this feature index (timm's), for a finer grid on small images; null keeps all."""
     pretrained: bool = False
     """Let timm download its pretrained weights."""
     frozen: bool = False
@@ -53,7 +55,9 @@ class TextConfig:
     token_types: bool = True
     """Add BERT's token-type embedding (always type 0)."""
     dropout: float = 0.1
-    """Dropout in training, on states and attention weights."""
+    """Dropout of the states in training."""
+    attention_dropout: float = 0.1
+    """Dropout of the attention weights in training; on a CPU it costs a fifth of a step."""
     cross_attention: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
     """Indices of the layers with cross-attention: the last ones (ALBEF) or all (BLIP)."""
     separate_causal_attention: bool = False
@@ -267,7 +271,7 @@ class Config:
     """A folder with BERT-shaped weights and their tokenizer to start the text Transformer from."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model; with init_from its shape is the checkpoint's, and only image_size, frozen, trainable_blocks, batch_norm, checkpointing,
-    drop_path and dropout are taken from here."""
+    drop_path, dropout and attention_dropout are taken from here."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """Tokens."""
     data: DataConfig = field(default_factory=DataConfig)

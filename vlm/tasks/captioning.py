@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vlm.config import GenerationConfig
 from vlm.data.batch import Batch
-from vlm.data.text import Tokenizer
+from vlm.data.text import Tokenizer, tidy
 from vlm.metrics.captions import caption_scores
 from vlm.model.attention import CrossMemory
 from vlm.model.beam_search import beam_search
@@ -64,8 +64,8 @@ class CaptioningTask(Task):
         return [
             {
                 "key": key,
-                "image_id": int(batch.image_ids[i]),
-                "caption": self.tokenizer.decode(captions[i].ids),
+                "image_id": batch.sources[first[i]]["image"],
+                "caption": tidy(self.tokenizer.decode(captions[i].ids)),
                 "confidence": captions[i].confidence,
                 "references": batch.sources[first[i]]["references"],
             }
@@ -81,8 +81,8 @@ class CaptioningTask(Task):
         return {**{name: 100 * getattr(scores, name) for name in names}, "distinct": 100 * distinct, "images": float(len(records))}
 
     def official(self, records: Iterable[Record]) -> list[Record]:
-        """COCO's prediction form; the image is named by its record's official id where it has one, else by its key."""
-        return [{"image_id": r["id"] if "id" in r else r["key"], "caption": r["caption"]} for r in records]
+        """COCO's prediction form; an image is named by its data set's own id, or by its record's key."""
+        return [{"image_id": r["image_id"], "caption": r["caption"]} for r in records]
 
 
 def _first_rows(image: Tensor, count: int) -> list[int]:

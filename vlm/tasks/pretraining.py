@@ -8,7 +8,7 @@ import torch
 from vlm.config import ObjectivesConfig
 from vlm.data.batch import Batch
 from vlm.errors import ConfigError
-from vlm.metrics.retrieval import recall_at_k
+from vlm.metrics.retrieval import retrieval_scores
 from vlm.model.vision_language import VisionLanguageModel
 from vlm.objectives.captioning import Captioning
 from vlm.objectives.contrastive import Contrastive
@@ -62,10 +62,8 @@ class Pretraining(Task):
         images = np.stack([r["image"] for r in records])
         texts = np.concatenate([r["texts"] for r in records])
         owner = np.repeat(np.arange(len(records)), [len(r["texts"]) for r in records])
-        return retrieval_scores(images @ texts.T, owner)
-
-
-def retrieval_scores(similarity: np.ndarray, owner: np.ndarray) -> dict[str, float]:
-    """TR_R@k and IR_R@k in percent and the mean of both R@1. similarity: (images, texts). owner: (texts,) row of each text's image."""
-    scores = recall_at_k(similarity, owner)
-    return {**scores, "mean_R@1": (scores["TR_R@1"] + scores["IR_R@1"]) / 2, "images": float(len(similarity))}
+        found = retrieval_scores(images @ texts.T, np.arange(len(records)), owner)
+        to_text = {f"TR_R@{k}": value for k, value in found.image_to_text.items()}
+        to_image = {f"IR_R@{k}": value for k, value in found.text_to_image.items()}
+        mean = (to_text["TR_R@1"] + to_image["IR_R@1"]) / 2
+        return {**to_text, **to_image, "mean_R@1": mean, "images": float(len(records))}

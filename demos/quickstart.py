@@ -1,0 +1,204 @@
+"""The main job in one go, offline, on drawn scenes: python demos/quickstart.py [--out DIR] [--train N] [--val N]
+
+Draws scenes with exact captions and questions into shards, pretrains a tiny model, fine-tunes it for captioning and for VQA, evaluates both on held-out
+scenes beside their baselines, captions held-out scenes, and draws a picture of all that. Each step is a command that you can run yourself.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PICTURES = 8
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Pretrain, fine-tune, evaluate and caption on drawn scenes.")
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), metavar="DIR", help="run folder, made anew (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=4000, metavar="N", help="training scenes (default: %(default)s)")
+    parser.add_argument("--val", type=int, default=300, metavar="N", help="held-out scenes (default: %(default)s)")
+    parser.add_argument("--epochs", type=float, metavar="E", help="epochs of each stage, in place of the configs'")
+    arguments = parser.parse_args()
+
+    from vlm.errors import UserError
+
+    try:
+        quickstart(arguments.out, arguments.train, arguments.val, arguments.epochs)
+    except UserError as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def quickstart(out: Path, train: int, val: int, epochs: float | None) -> None:
+    """All stages, one after another."""
+    start = time.perf_counter()
+    shutil.rmtree(out, ignore_errors=True)
+    scenes = out / "scenes"
+
+    stage(1, f"Draw {train + val} scenes with captions, questions and answers into WebDataset shards")
+    command("vlm.data.synthetic", "--out", str(scenes), "--train", str(train), "--val", str(val))
+    common = ["--data.splits.train", f"{scenes}/train", "--data.splits.val", f"{scenes}/val"]
+    if epochs is not None:
+        common += ["--train.epochs", str(epochs)]
+
+    stage(2, "Pretrain: contrastive, matching, masked language and captioning objectives")
+    vlm("train", "configs/pretrain/tiny.yaml", "--out", f"{out}/pretrain", *common)
+    common += ["--init-from", f"{out}/pretrain/latest"]
+
+    stage(3, "Fine-tune for captioning")
+    vlm("train", "configs/finetune/captioning/tiny.yaml", "--out", f"{out}/captioning", *common)
+
+    stage(4, "Fine-tune for visual question answering")
+    vlm("train", "configs/finetune/vqa/tiny.yaml", "--out", f"{out}/vqa", *common)
+
+    stage(5, "The same with grey images: what the questions alone give away")
+    vlm("train", "configs/finetune/vqa/tiny.yaml", "--out", f"{out}/vqa_question_only", *common, "--data.blank-images", "True")
+
+    stage(6, "Evaluate on the held-out scenes")
+    for name, task in (("captioning", "captioning"), ("vqa", "vqa")):
+        vlm(
+            "evaluate", f"configs/finetune/{task}/tiny.yaml", "--checkpoint", f"{out}/{name}/latest", "--split", "val",
+            "--out", f"{out}/{name}/evaluation", "--data.splits.val", f"{scenes}/val",
+        )  # fmt: skip
+    report(out, scenes)
+
+    stage(7, "Caption held-out scenes with demos/caption.py")
+    images = extract(scenes / "val", out / "images")
+    print(f"$ python demos/caption.py {out}/images --model {out}/captioning/latest", flush=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "demos/caption.py"), str(out / "images"), "--model", str(out / "captioning/latest")],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    print(done.stdout, end="")
+
+    picture = draw(out, images, done.stdout.splitlines())
+    print(f"\nDone in {time.perf_counter() - start:.0f} s. The run is in {out}, the picture with curves, captions and answers is {picture}")
+
+
+def stage(number: int, title: str) -> None:
+    print(f"\n=== {number}. {title}", flush=True)
+
+
+def vlm(*arguments: str) -> None:
+    """Runs a `vlm` command in this process, which spares its imports."""
+    from vlm.cli import main
+    from vlm.errors import UserError
+
+    shown = " ".join(a if " " not in a else repr(a) for a in arguments)
+    print(f"$ vlm {shown}", flush=True)
+    place = [str(ROOT / a) if a.startswith("configs/") else a for a in arguments]
+    if status := main(place):
+        raise UserError(f"`vlm {arguments[0]}` ended with status {status}; see above.")
+
+
+def command(module: str, *arguments: str) -> None:
+    """Runs a module's command in a process of its own."""
+    print(f"$ python -m {module} {' '.join(arguments)}", flush=True)
+    subprocess.run([sys.executable, "-m", module, *arguments], check=True)
+
+
+def report(out: Path, scenes: Path) -> None:
+    """The held-out scores beside their baselines."""
+    from vlm.data.index import load_index
+    from vlm.data.scan import scan
+    from vlm.metrics.baselines import fit_question_type_baseline, majority_answer
+    from vlm.metrics.vqa import accuracy
+
+    captions = {p["image_id"]: p["caption"] for p in read(out / "captioning/evaluation/predictions.json")}
+    references: dict[Any, str] = {a["image_id"]: a["caption"] for a in read(scenes / "val_references.json")["annotations"]}
+    exact = sum(captions[i] == references[i] for i in captions) / len(captions)
+    cider = score(out / "captioning", "CIDEr")
+    trained = [q for record in scan([load_index(scenes / "train")]) for q in record.questions]
+    asked = [q for record in scan([load_index(scenes / "val")]) for q in record.questions]
+    majority = majority_answer([q["answers"][0] for q in trained])
+    by_type = fit_question_type_baseline([q["question"] for q in trained], [q["answers"][0] for q in trained])
+
+    def percent(answers: list[str]) -> float:
+        return 100 * sum(accuracy(a, q["answers"]) for a, q in zip(answers, asked, strict=True)) / len(asked)
+
+    blind = [line for line in read_lines(out / "vqa_question_only/log.jsonl") if line["kind"] == "evaluation"][-1]
+    rows = [
+        ("captions: exact match, %", 100 * exact),
+        ("captions: CIDEr", cider),
+        ("VQA accuracy, %", score(out / "vqa", "accuracy")),
+        ("  question only (the same training, grey images), %", next(iter(blind["scores"].values()))["accuracy"]),
+        ("  commonest answer to the question's first words, %", percent([by_type.answer(q["question"]) for q in asked])),
+        (f"  commonest answer ({majority!r}), %", percent([majority] * len(asked))),
+    ]
+    print(f"\nOn {len(captions)} held-out scenes and {len(asked)} questions:")
+    for name, value in rows:
+        print(f"  {name:<56} {value:6.1f}")
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def score(run: Path, name: str) -> float:
+    return float(next(iter(read(run / "evaluation/results.json")["scores"].values()))[name])
+
+
+def extract(shards: Path, folder: Path) -> list[Path]:
+    """The first held-out scenes as files."""
+    from vlm.data.index import load_index
+    from vlm.data.scan import scan
+
+    folder.mkdir()
+    paths = []
+    for record, _ in zip(scan([load_index(shards)]), range(PICTURES), strict=False):
+        paths.append(folder / f"{record.key}.png")
+        paths[-1].write_bytes(record.image)
+    return sorted(paths)
+
+
+def draw(out: Path, images: list[Path], captions: list[str]) -> Path:
+    """Loss curves above, scenes with captions and answers below."""
+    import textwrap
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from PIL import Image
+
+    from vlm.data.index import load_index
+    from vlm.data.scan import scan
+    from vlm.train.plot import loss_names, read_run
+
+    questions = {record.key: record.questions for record in scan([load_index(out / "scenes/val")])}
+    answers = {p["question_id"]: p["answer"] for p in read(out / "vqa/evaluation/predictions.json")}
+    figure, axes = pyplot.subplots(3, 4, figsize=(16, 12), layout="constrained")
+    for axis, name in zip(axes[0], ("pretrain", "captioning", "vqa", "vqa_question_only"), strict=True):
+        train, _ = read_run(out / name)
+        for loss in loss_names(train):
+            axis.plot([line["step"] for line in train], [line[loss] for line in train], label=loss.removesuffix("/loss"))
+        axis.set_title(f"{name}: loss by step")
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    for axis, path, caption in zip(axes[1:].flat, images, captions, strict=True):
+        axis.imshow(Image.open(path))
+        axis.axis("off")
+        asked = questions[path.stem][:2]
+        marks = ["right" if answers[q["question_id"]] in q["answers"] else f"wrong: {q['answers'][0]}" for q in asked]
+        lines = [f"{q['question']} {answers[q['question_id']]} ({mark})" for q, mark in zip(asked, marks, strict=True)]
+        axis.set_title("\n".join(textwrap.wrap(caption, 44) + [text for line in lines for text in textwrap.wrap(line, 52)]), fontsize=9)
+    target = out / "quickstart.png"
+    figure.savefig(target, dpi=90)
+    pyplot.close(figure)
+    return target
+
+
+if __name__ == "__main__":
+    sys.exit(main())
