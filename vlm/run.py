@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -127,7 +128,8 @@ def evaluate_loader(
     steps, seen = loader.steps, 0
     if images is not None:
         steps = min(steps, -(-images // loader.batch_size))
-    with tqdm(total=steps, desc=title, unit="batch", disable=not ranks.main, leave=False) as bar:
+    pause = 0.1 if sys.stderr.isatty() else 20.0  # a log file wants few lines
+    with tqdm(total=steps, desc=title, unit="batch", disable=not ranks.main, leave=False, mininterval=pause) as bar:
         for index, batch in enumerate(loader.iterate(0)):
             if index == steps:
                 break

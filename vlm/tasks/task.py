@@ -62,9 +62,11 @@ class Task(nn.Module):
 
     def encode_image(self, images: Tensor) -> ImageFeatures:
         """The images' features, or those of grey where the run measures what the text alone gives."""
-        if self.blank_images:
-            images = torch.full_like(images, 127 if images.dtype == torch.uint8 else 0)
-        return self.model.encode_image(images)
+        if not self.blank_images:
+            return self.model.encode_image(images)
+        grey = self.model.encode_image(torch.full_like(images[:1], 127 if images.dtype == torch.uint8 else 0))
+        count = len(images)
+        return ImageFeatures(grey.tokens.expand(count, -1, -1), grey.embedding.expand(count, -1))
 
     def _run(self, passes: list[Pass], features: Features) -> list[Tensor]:
         outputs: list[Tensor | None] = [None] * len(passes)
