@@ -21,7 +21,13 @@ def main() -> None:
     arguments = parser.parse_args()
     commands = {
         "import torch, timm": [sys.executable, "-c", "import torch, timm"],
-        "demos/caption.py": [sys.executable, str(ROOT / "demos/caption.py"), arguments.image, "--model", arguments.model],
+        "demos/caption.py": [
+            sys.executable,
+            str(ROOT / "demos/caption.py"),
+            arguments.image,
+            "--model",
+            arguments.model,
+        ],
     }
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     for run in range(arguments.runs + 1):
@@ -32,7 +38,9 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     for name, values in seconds.items():
-        print(f"{name:<20} median {medians[name]:.2f} s (from {min(values):.2f} to {max(values):.2f}, {len(values)} runs)")
+        print(
+            f"{name:<20} median {medians[name]:.2f} s (from {min(values):.2f} to {max(values):.2f}, {len(values)} runs)"
+        )
     print(f"difference {medians['demos/caption.py'] - medians['import torch, timm']:.2f} s")
 
 

@@ -16,8 +16,12 @@ HERE = Path(__file__).parent
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Print one caption a line for each image.")
-    parser.add_argument("images", nargs="+", metavar="IMG|FOLDER|-", help="image files, folders of images, or - for paths on stdin")
-    parser.add_argument("--model", default=str(HERE / "model"), metavar="DIR", help="checkpoint folder (default: %(default)s)")
+    parser.add_argument(
+        "images", nargs="+", metavar="IMG|FOLDER|-", help="image files, folders of images, or - for paths on stdin"
+    )
+    parser.add_argument(
+        "--model", default=str(HERE / "model"), metavar="DIR", help="checkpoint folder (default: %(default)s)"
+    )
     parser.add_argument("--beams", type=int, metavar="N", help="beams; 1 is greedy (default: the checkpoint's)")
     parser.add_argument("--sample", action="store_true", help="draw the words instead of searching the likeliest")
     parser.add_argument("--json", action="store_true", help="one JSON object a line: image, caption, confidence")
@@ -46,7 +50,11 @@ def main() -> int:
             found, status = str(error), 1
             print(f"caption: {error}", file=sys.stderr)
         if arguments.json:
-            what = {"error": found} if isinstance(found, str) else {"caption": found.text, "confidence": round(found.confidence, 4)}
+            what = (
+                {"error": found}
+                if isinstance(found, str)
+                else {"caption": found.text, "confidence": round(found.confidence, 4)}
+            )
             print(json.dumps({"image": str(path)} | what, ensure_ascii=False), flush=True)
         else:
             print("" if isinstance(found, str) else found.text, flush=True)

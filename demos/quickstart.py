@@ -19,7 +19,13 @@ PICTURES = 8
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Pretrain, fine-tune, evaluate and caption on drawn scenes.")
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), metavar="DIR", help="run folder, made anew (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/quickstart"),
+        metavar="DIR",
+        help="run folder, made anew (default: %(default)s)",
+    )
     parser.add_argument("--train", type=int, default=4000, metavar="N", help="training scenes (default: %(default)s)")
     parser.add_argument("--val", type=int, default=300, metavar="N", help="held-out scenes (default: %(default)s)")
     parser.add_argument("--epochs", type=float, metavar="E", help="epochs of each stage, in place of the configs'")
@@ -58,7 +64,15 @@ def quickstart(out: Path, train: int, val: int, epochs: float | None) -> None:
     vlm("train", "configs/finetune/vqa/tiny.yaml", "--out", f"{out}/vqa", *common)
 
     stage(5, "The same with grey images: what the questions alone give away")
-    vlm("train", "configs/finetune/vqa/tiny.yaml", "--out", f"{out}/vqa_question_only", *common, "--data.blank-images", "True")
+    vlm(
+        "train",
+        "configs/finetune/vqa/tiny.yaml",
+        "--out",
+        f"{out}/vqa_question_only",
+        *common,
+        "--data.blank-images",
+        "True",
+    )
 
     stage(6, "Evaluate on the held-out scenes")
     for name, task in (("captioning", "captioning"), ("vqa", "vqa")):
@@ -72,7 +86,13 @@ def quickstart(out: Path, train: int, val: int, epochs: float | None) -> None:
     images = extract(scenes / "val", out / "images")
     print(f"$ python demos/caption.py {out}/images --model {out}/captioning/latest", flush=True)
     done = subprocess.run(
-        [sys.executable, str(ROOT / "demos/caption.py"), str(out / "images"), "--model", str(out / "captioning/latest")],
+        [
+            sys.executable,
+            str(ROOT / "demos/caption.py"),
+            str(out / "images"),
+            "--model",
+            str(out / "captioning/latest"),
+        ],
         check=True,
         capture_output=True,
         text=True,
@@ -80,7 +100,9 @@ def quickstart(out: Path, train: int, val: int, epochs: float | None) -> None:
     print(done.stdout, end="")
 
     picture = draw(out, images, done.stdout.splitlines())
-    print(f"\nDone in {time.perf_counter() - start:.0f} s. The run is in {out}, the picture with curves, captions and answers is {picture}")
+    print(
+        f"\nDone in {time.perf_counter() - start:.0f} s. The run is in {out}, the picture with curves, captions and answers is {picture}"
+    )
 
 
 def stage(number: int, title: str) -> None:
@@ -109,17 +131,19 @@ def report(out: Path, scenes: Path) -> None:
     """The held-out scores beside their baselines."""
     from vlm.data.index import load_index
     from vlm.data.scan import scan
-    from vlm.metrics.baselines import fit_question_type_baseline, majority_answer
+    from vlm.metrics.baselines import fit_question_type_baseline
     from vlm.metrics.vqa import accuracy
 
     captions = {p["image_id"]: p["caption"] for p in read(out / "captioning/evaluation/predictions.json")}
-    references: dict[Any, str] = {a["image_id"]: a["caption"] for a in read(scenes / "val_references.json")["annotations"]}
+    references: dict[Any, str] = {
+        a["image_id"]: a["caption"] for a in read(scenes / "val_references.json")["annotations"]
+    }
     exact = sum(captions[i] == references[i] for i in captions) / len(captions)
     cider = score(out / "captioning", "CIDEr")
     trained = [q for record in scan([load_index(scenes / "train")]) for q in record.questions]
     asked = [q for record in scan([load_index(scenes / "val")]) for q in record.questions]
-    majority = majority_answer([q["answers"][0] for q in trained])
-    by_type = fit_question_type_baseline([q["question"] for q in trained], [q["answers"][0] for q in trained])
+    by_type = fit_question_type_baseline([q["question"] for q in trained], [q["answers"] for q in trained])
+    majority = by_type.overall
 
     def percent(answers: list[str]) -> float:
         return 100 * sum(accuracy(a, q["answers"]) for a, q in zip(answers, asked, strict=True)) / len(asked)
@@ -130,7 +154,10 @@ def report(out: Path, scenes: Path) -> None:
         ("captions: CIDEr", cider),
         ("VQA accuracy, %", score(out / "vqa", "accuracy")),
         ("  question only (the same training, grey images), %", next(iter(blind["scores"].values()))["accuracy"]),
-        ("  commonest answer to the question's first words, %", percent([by_type.answer(q["question"]) for q in asked])),
+        (
+            "  commonest answer to the question's first words, %",
+            percent([by_type.answer(q["question"]) for q in asked]),
+        ),
         (f"  commonest answer ({majority!r}), %", percent([majority] * len(asked))),
     ]
     print(f"\nOn {len(captions)} held-out scenes and {len(asked)} questions:")
@@ -183,7 +210,9 @@ def draw(out: Path, images: list[Path], captions: list[str]) -> Path:
     for axis, name in zip(axes[0], ("pretrain", "captioning", "vqa", "vqa_question_only"), strict=True):
         train, _ = read_run(out / name)
         for loss in loss_names(train):
-            axis.plot([line["step"] for line in train], [line[loss] for line in train], label=loss.removesuffix("/loss"))
+            axis.plot(
+                [line["step"] for line in train], [line[loss] for line in train], label=loss.removesuffix("/loss")
+            )
         axis.set_title(f"{name}: loss by step")
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
@@ -193,7 +222,10 @@ def draw(out: Path, images: list[Path], captions: list[str]) -> Path:
         asked = questions[path.stem][:2]
         marks = ["right" if answers[q["question_id"]] in q["answers"] else f"wrong: {q['answers'][0]}" for q in asked]
         lines = [f"{q['question']} {answers[q['question_id']]} ({mark})" for q, mark in zip(asked, marks, strict=True)]
-        axis.set_title("\n".join(textwrap.wrap(caption, 44) + [text for line in lines for text in textwrap.wrap(line, 52)]), fontsize=9)
+        axis.set_title(
+            "\n".join(textwrap.wrap(caption, 44) + [text for line in lines for text in textwrap.wrap(line, 52)]),
+            fontsize=9,
+        )
     target = out / "quickstart.png"
     figure.savefig(target, dpi=90)
     pyplot.close(figure)

@@ -1,6 +1,6 @@
 """From settings to the objects of a run: tokenizer, model, data, task."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,10 @@ from vlm.model.convert.bert import TextWeights, load_bert_folder, trim_vocabular
 from vlm.model.initialise import decoder_from_fusion, load_by_name, load_text_weights
 from vlm.model.pretrained import load_metadata, model_config, read_weights
 from vlm.model.vision_language import VisionLanguageModel
+from vlm.tasks.captioning import CaptioningTask
+from vlm.tasks.pretraining import Pretraining
 from vlm.tasks.task import Task
+from vlm.tasks.vqa import build_vqa
 from vlm.train.distributed import Ranks
 from vlm.train.report import say
 
@@ -54,7 +57,10 @@ def build_parts(config: Config, sets: Sequence[ShardSet]) -> Parts:
     if config.init_from is not None:
         return _from_checkpoint(config, config.init_from)
     tokenizer, weights, text = _tokenizer_and_text(config, sets)
-    config = replace(config, model=replace(config.model, text=replace(text, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id)))
+    config = replace(
+        config,
+        model=replace(config.model, text=replace(text, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id)),
+    )
     model = VisionLanguageModel(config.model)
     if weights is not None:
         say(load_text_weights(model, weights).summary(f"text from {config.text_weights}"))
@@ -70,7 +76,8 @@ def _from_checkpoint(config: Config, folder: str) -> Parts:
         saved.image,
         frozen=ours.image.frozen,
         trainable_blocks=ours.image.trainable_blocks,
-        batch_norm=ours.image.batch_norm or ("frozen" if saved.image.weights or saved.image.pretrained else saved.image.batch_norm),
+        batch_norm=ours.image.batch_norm
+        or ("frozen" if saved.image.weights or saved.image.pretrained else saved.image.batch_norm),
         checkpointing=ours.image.checkpointing,
         drop_path=ours.image.drop_path,
     )
@@ -94,7 +101,9 @@ def _from_checkpoint(config: Config, folder: str) -> Parts:
 
 def _with_image_size(config: Config, model: VisionLanguageModel) -> Config:
     """The settings with the image size that the encoder has, so that a checkpoint says it."""
-    settings: ModelConfig = replace(config.model, image=replace(config.model.image, image_size=model.image_encoder.image_size))
+    settings: ModelConfig = replace(
+        config.model, image=replace(config.model.image, image_size=model.image_encoder.image_size)
+    )
     model.config = settings
     return replace(config, model=settings)
 
@@ -106,7 +115,9 @@ def _tokenizer_and_text(config: Config, sets: Sequence[ShardSet]) -> tuple[Token
     if config.text_weights is not None:
         fields, weights = load_bert_folder(config.text_weights)
         if text.layers > fields["layers"]:
-            raise ConfigError(f"model.text.layers={text.layers}, but {config.text_weights} has {fields['layers']}; use at most that many.")
+            raise ConfigError(
+                f"model.text.layers={text.layers}, but {config.text_weights} has {fields['layers']}; use at most that many."
+            )
         kept_here = {"layers", "cross_attention", "dropout", "attention_dropout"}
         text = replace(text, **{k: v for k, v in fields.items() if k not in kept_here and k != "max_positions"})
         text = replace(text, max_positions=min(text.max_positions, fields["max_positions"]))
@@ -121,7 +132,9 @@ def _tokenizer_and_text(config: Config, sets: Sequence[ShardSet]) -> tuple[Token
         if weights is not None:
             weights = trim_vocabulary(weights, torch.tensor(kept))
     if weights is not None and len(weights.transformer["embeddings.word.weight"]) != tokenizer.vocab_size:
-        raise ConfigError(f"tokenizer.source={source} has {tokenizer.vocab_size} tokens, the text weights another number; take the tokenizer they came with.")
+        raise ConfigError(
+            f"tokenizer.source={source} has {tokenizer.vocab_size} tokens, the text weights another number; take the tokenizer they came with."
+        )
     return tokenizer, weights, text
 
 
@@ -197,27 +210,22 @@ def evaluation_loader(config: Config, parts: Parts, shards: ShardSet, ranks: Ran
     )
 
 
+TASKS: dict[str, Callable[[Config, Parts, Sequence[str]], Task]] = {
+    "pretraining": lambda config, parts, _: Pretraining(parts.model, config.objectives),
+    "captioning": lambda config, parts, _: CaptioningTask(
+        parts.model, parts.tokenizer, config.objectives.label_smoothing, config.data.prompt, config.generation
+    ),
+    "vqa": lambda config, parts, answers: build_vqa(parts.model, parts.tokenizer, config, answers),
+}
+
+
 def build_task(config: Config, parts: Parts, answers: Sequence[str] = ()) -> Task:
     """The task around the model. answers: the answer list of VQA.
 
     Raises:
-        ConfigError: the task is not there yet, or its parts do not fit.
+        ConfigError: its parts do not fit together.
     """
-    task: Task
-    if config.task == "pretraining":
-        from vlm.tasks.pretraining import Pretraining
-
-        task = Pretraining(parts.model, config.objectives)
-    elif config.task == "captioning":
-        from vlm.tasks.captioning import CaptioningTask
-
-        task = CaptioningTask(parts.model, parts.tokenizer, config.objectives.label_smoothing, config.data.prompt, config.generation)
-    elif config.task == "vqa":
-        from vlm.tasks.vqa import build_vqa
-
-        task = build_vqa(parts.model, parts.tokenizer, config, answers)
-    else:
-        raise ConfigError(f"task: {config.task} cannot be trained yet; choose pretraining, captioning or vqa.")
+    task = TASKS[config.task](config, parts, answers)
     task.blank_images = config.data.blank_images
     return task
 

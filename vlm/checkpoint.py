@@ -50,7 +50,8 @@ def read_trained_on(folder: Path) -> Tensor | None:
     if not path.exists():
         return None
     try:
-        return load_file(path)["image_ids"].to(torch.long)
+        ids: Tensor = load_file(path)["image_ids"].to(torch.long)
+        return ids
     except Exception as error:
         raise CheckpointError(f"{path}: damaged ({error}); copy the checkpoint again.") from None
 
@@ -79,8 +80,8 @@ def model_card(config: Config, scores: dict[str, Any]) -> str:
         "---",
         f"# {config.model.label or Path(config.out).name}",
         "",
-        f"A vision-language model ({config.task}): image encoder `{image.name}` at {image.image_size} px, {text.layers} text layers of width {text.dim}, "
-        f"vocabulary {text.vocab_size}.",
+        f"A vision-language model ({config.task}): image encoder `{image.name}` at {image.image_size} px, "
+        f"{text.layers} text layers of width {text.dim}, vocabulary {text.vocab_size}.",
         "",
         "Trained on: " + (", ".join(f"`{folder}`" for folder in config.data.splits.train) or "not recorded") + ".",
         *([f"Started from: `{config.init_from}`."] if config.init_from else []),

@@ -29,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vlm", description="Train, evaluate and score compact vision-language models.")
+    parser = argparse.ArgumentParser(
+        prog="vlm", description="Train, evaluate and score compact vision-language models."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser(
@@ -38,16 +40,24 @@ def _parser() -> argparse.ArgumentParser:
         description="Train from a config; --key value overrides any setting (vlm train CONFIG --help lists all with their values).",
         add_help=False,
     )
-    train.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file of settings, e.g. configs/pretrain/tiny.yaml")
+    train.add_argument(
+        "config", metavar="CONFIG", nargs="?", help="YAML file of settings, e.g. configs/pretrain/tiny.yaml"
+    )
     train.add_argument("--resume", choices=["auto"], help="auto: go on from OUT/latest if it is there")
-    train.add_argument("--dry-run", action="store_true", help="show settings, sizes, the first batch and one step, and leave")
+    train.add_argument(
+        "--dry-run", action="store_true", help="show settings, sizes, the first batch and one step, and leave"
+    )
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("evaluate", help="score a checkpoint on a split")
     evaluate.add_argument("config", metavar="CONFIG")
     evaluate.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
-    evaluate.add_argument("--split", choices=["train", "val", "test"], required=True, metavar="NAME", help="train, val or test")
-    evaluate.add_argument("--out", type=Path, required=True, metavar="DIR", help="where predictions.json and results.json go")
+    evaluate.add_argument(
+        "--split", choices=["train", "val", "test"], required=True, metavar="NAME", help="train, val or test"
+    )
+    evaluate.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="where predictions.json and results.json go"
+    )
     evaluate.set_defaults(run=_evaluate)
 
     score = commands.add_parser("score", help="score a prediction file in the official form").add_subparsers(
@@ -68,10 +78,14 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--out", type=Path, metavar="PNG", help="default: curves.png in the first run's folder")
     plot.set_defaults(run=_plot)
 
-    shards = commands.add_parser("shards", help="look after shards").add_subparsers(dest="kind", required=True, metavar="KIND")
+    shards = commands.add_parser("shards", help="look after shards").add_subparsers(
+        dest="kind", required=True, metavar="KIND"
+    )
     index = shards.add_parser("index", help="count the records of a folder of shards anew and write index.json")
     index.add_argument("folder", type=Path, metavar="DIR")
-    index.add_argument("--source", help="name of the source that image identities begin with; default: the folder's name")
+    index.add_argument(
+        "--source", help="name of the source that image identities begin with; default: the folder's name"
+    )
     index.set_defaults(run=_index)
     return parser
 
@@ -106,7 +120,9 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from vlm.run import evaluate
     from vlm.settings import load_config
 
-    evaluate(load_config(arguments.config, overrides, "vlm evaluate"), arguments.checkpoint, arguments.split, arguments.out)
+    evaluate(
+        load_config(arguments.config, overrides, "vlm evaluate"), arguments.checkpoint, arguments.split, arguments.out
+    )
     return 0
 
 

@@ -259,7 +259,7 @@ class GenerationConfig:
 class Config:
     """A whole run."""
 
-    task: Literal["pretraining", "captioning", "vqa", "retrieval"] = "pretraining"
+    task: Literal["pretraining", "captioning", "vqa"] = "pretraining"
     """What is trained."""
     out: str = "runs/default"
     """The run's folder: log.jsonl, checkpoints (latest, best), config.yaml."""

@@ -38,7 +38,9 @@ class Said:
 class Predictor:
     """A model with its tokenizer, transform and settings, ready to use."""
 
-    def __init__(self, model: VisionLanguageModel, tokenizer: Tokenizer, metadata: dict[str, Any], answers: Sequence[str] = ()) -> None:
+    def __init__(
+        self, model: VisionLanguageModel, tokenizer: Tokenizer, metadata: dict[str, Any], answers: Sequence[str] = ()
+    ) -> None:
         self.model, self.tokenizer, self.metadata, self.answers = model.eval(), tokenizer, metadata, list(answers)
         self.transform = EvaluationTransform(model.image_encoder.image_size)
         known = {f.name for f in fields(GenerationConfig)}
@@ -60,7 +62,9 @@ class Predictor:
         model, metadata = load_pretrained(folder)
         if not (folder / TOKENIZER).exists():
             raise CheckpointError(f"{folder}: {TOKENIZER} is missing; copy the checkpoint again.")
-        place = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        place = (
+            torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        )
         from vlm.checkpoint import read_answers
 
         return cls(model.to(place), Tokenizer.load(folder), metadata, read_answers(folder))
@@ -108,8 +112,13 @@ class Predictor:
         settings = self.model.config
         tokens = self.model.encode_image(self._tensor([image])).tokens
         if settings.decoder == "separate" and settings.decoder_reads == "question":
-            ids = torch.tensor([self.tokenizer.encode(clean_question(question), self.max_tokens)], device=self.model.device)
-            states = self.model.fuse(self.model.text_view(ids, torch.ones_like(ids, dtype=torch.bool)), self.model.memory(tokens, None, "fusion"))
+            ids = torch.tensor(
+                [self.tokenizer.encode(clean_question(question), self.max_tokens)], device=self.model.device
+            )
+            states = self.model.fuse(
+                self.model.text_view(ids, torch.ones_like(ids, dtype=torch.bool)),
+                self.model.memory(tokens, None, "fusion"),
+            )
             memory, prompt = self.model.memory(states, None, "decoder"), [self.tokenizer.cls_id]
         else:
             memory, prompt = self.model.memory(tokens, None, "decoder"), self._question_ids(question)
@@ -134,7 +143,9 @@ class Predictor:
     @torch.no_grad()
     def embed_images(self, images: Sequence[ImageLike], batch_size: int = 16) -> Tensor:
         """(N, E) unit vectors on the CPU; their products with `embed_texts` are similarities."""
-        return torch.cat([self.model.encode_image(batch).embedding.cpu() for batch in self._batches(images, batch_size)])
+        return torch.cat(
+            [self.model.encode_image(batch).embedding.cpu() for batch in self._batches(images, batch_size)]
+        )
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
@@ -146,7 +157,9 @@ class Predictor:
     def _texts(self, texts: Sequence[str]) -> TextFeatures:
         from vlm.data.collate import pad
 
-        ids, mask = pad([self.tokenizer.encode(clean_caption(text), self.max_tokens) for text in texts], self.tokenizer.pad_id)
+        ids, mask = pad(
+            [self.tokenizer.encode(clean_caption(text), self.max_tokens) for text in texts], self.tokenizer.pad_id
+        )
         return self.model.encode_text(ids.to(self.model.device), mask.to(self.model.device))
 
     def _rules(self, generation: GenerationConfig) -> Rules:

@@ -29,6 +29,7 @@ from vlm.checkpoint import read_answers, read_trained_on, write_checkpoint
 from vlm.config import Config
 from vlm.data.index import ShardSet
 from vlm.data.loader import Loader
+from vlm.data.scan import scan
 from vlm.data.text import Tokenizer
 from vlm.errors import ConfigError
 from vlm.model.pretrained import load_pretrained, restore_folder
@@ -64,7 +65,9 @@ def _train(config: Config, ranks: Ranks, resume: bool) -> dict[str, Any]:
     restore_folder(latest)
     resuming = resume and latest.is_dir()
     if not resuming and (out / "log.jsonl").exists():
-        raise ConfigError(f"out={out} holds a run already; add --resume auto to go on with it, choose another --out, or remove it.")
+        raise ConfigError(
+            f"out={out} holds a run already; add --resume auto to go on with it, choose another --out, or remove it."
+        )
     sets = load_sets(config.data.splits.train, "data.splits.train")
     held_out = [load_sets([folder], "data.splits.val")[0] for folder in config.data.splits.val]
     parts = build_parts(config, sets)
@@ -106,9 +109,7 @@ def _train(config: Config, ranks: Ranks, resume: bool) -> dict[str, Any]:
 
 def _introduce(parts: Parts, loader: Loader, trainer: Trainer, ranks: Ranks) -> None:
     config = parts.config
-    counts = {
-        name: sum(p.numel() for p in module.parameters()) / 1e6 for name, module in parts.model.named_children()
-    }
+    counts = {name: sum(p.numel() for p in module.parameters()) / 1e6 for name, module in parts.model.named_children()}
     trained = sum(p.numel() for p in parts.model.parameters() if p.requires_grad) / 1e6
     listed = ", ".join(f"{name} {count:.1f}" for name, count in counts.items() if count >= 0.05)
     say(
@@ -167,15 +168,49 @@ def evaluate(config: Config, checkpoint: Path, split: str, out: Path) -> dict[st
             loader = evaluation_loader(config, parts, shards, ranks)
             with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
                 scores[name], records = evaluate_loader(task, loader, ranks, f"{split} of {name}")
+            if config.task == "vqa":
+                scores[name] |= _counting_baselines(config, records, name)
             predictions += task.official(records)
         if ranks.main:
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / "predictions.json", predictions)
-            write_json(out / "results.json", {"split": split, "checkpoint": str(checkpoint), "scores": scores, **provenance(config)})
+            write_json(
+                out / "results.json",
+                {"split": split, "checkpoint": str(checkpoint), "scores": scores, **provenance(config)},
+            )
             say(f"wrote {out / 'predictions.json'} ({len(predictions)} predictions) and {out / 'results.json'}")
         return scores
     finally:
         distributed.stop()
+
+
+def _counting_baselines(config: Config, records: Sequence[Record], name: str) -> dict[str, float]:
+    """What counting training answers alone would score: the commonest one, and the commonest for a question's first words."""
+    from vlm.metrics.baselines import fit_question_type_baseline
+    from vlm.metrics.vqa import accuracy
+
+    if not config.data.splits.train:
+        return {}
+    trained = [
+        q
+        for record in scan(load_sets(config.data.splits.train, "data.splits.train"))
+        for q in record.questions
+        if q.get("answers")
+    ]
+    by_type = fit_question_type_baseline([q["question"] for q in trained], [q["answers"] for q in trained])
+    guesses = {
+        "baseline/commonest_answer": lambda _: by_type.overall,
+        "baseline/by_first_words": by_type.answer,
+    }
+    found = {
+        key: 100 * sum(accuracy(guess(r["question"]), r["references"]) for r in records) / len(records)
+        for key, guess in guesses.items()
+    }
+    say(
+        f"without any model, {name}: "
+        + ", ".join(f"{key.removeprefix('baseline/')} {number(value)}" for key, value in found.items())
+    )
+    return found
 
 
 def provenance(config: Config) -> dict[str, Any]:
@@ -188,7 +223,9 @@ def provenance(config: Config) -> dict[str, Any]:
             continue
     try:
         here = Path(__file__).parent
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
     return {"config": dataclasses.asdict(config), "commit": commit, "versions": versions}
@@ -237,8 +274,10 @@ def dry_run(config: Config) -> None:
     batch = next(loader.iterate(0))
     say(f"images {tuple(batch.images.shape)} {batch.images.dtype}, texts {tuple(batch.texts.ids.shape)}")
     for row in range(min(4, len(batch.texts.ids))):
-        ids = batch.texts.ids[row][batch.texts.mask[row]].tolist()
-        say(f"  {batch.keys[int(batch.texts.image[row])]}: {parts.tokenizer.decode(ids)!r} ({len(ids)} tokens, prompt {int(batch.texts.prompt[row])})")
+        ids, prompt = batch.texts.ids[row][batch.texts.mask[row]].tolist(), int(batch.texts.prompt[row])
+        say(
+            f"  {batch.keys[int(batch.texts.image[row])]}: {parts.tokenizer.decode(ids)!r} ({len(ids)} tokens, prompt {prompt})"
+        )
     for line in trainer.try_step([batch] * config.train.accumulate):
         say(line)
     distributed.stop()

@@ -77,11 +77,15 @@ def check(config: Config) -> None:
         raise ConfigError(f"model.text.dim={text.dim} is not a multiple of model.text.heads={text.heads}.")
     bad = [i for i in text.cross_attention if not 0 <= i < text.layers]
     if bad:
-        raise ConfigError(f"model.text.cross_attention names layers {bad}, but there are {text.layers} (0 to {text.layers - 1}).")
+        raise ConfigError(
+            f"model.text.cross_attention names layers {bad}, but there are {text.layers} (0 to {text.layers - 1})."
+        )
     if config.task == "vqa" and "{question}" not in data.question_prompt:
         raise ConfigError(f"data.question_prompt={data.question_prompt!r} must contain {{question}}.")
     if not 0 <= train.averaging < 1:
-        raise ConfigError(f"train.averaging={train.averaging} is the decay of an average: 0 (off) to below 1, e.g. 0.999.")
+        raise ConfigError(
+            f"train.averaging={train.averaging} is the decay of an average: 0 (off) to below 1, e.g. 0.999."
+        )
 
 
 def _read_with_base(path: Path) -> dict[str, Any]:
@@ -102,7 +106,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        hint = f" Did you mean {path.parent / near[0]}?" if near else " Configs lie in configs/pretrain and configs/finetune."
+        hint = (
+            f" Did you mean {path.parent / near[0]}?"
+            if near
+            else " Configs lie in configs/pretrain and configs/finetune."
+        )
         raise ConfigError(f"{path}: no such config file.{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as text: {error}.") from None

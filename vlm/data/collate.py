@@ -44,7 +44,10 @@ class EncodedSample:
 class SampleEncoder(Protocol):
     """Turns records into samples; pure, so that equal (record, epoch) give equal samples wherever they are read. Must be picklable."""
 
-    pad_id: int
+    @property
+    def pad_id(self) -> int:
+        """The padding token."""
+        ...
 
     def __call__(self, record: Record, epoch: int) -> EncodedSample:
         """The sample of a record.

@@ -281,7 +281,9 @@ def _keep_stages(backbone: Any, config: ImageConfig) -> None:
     try:
         backbone.prune_intermediate_layers([config.stages], prune_norm=True, prune_head=True)
     except (AssertionError, AttributeError, ValueError, IndexError) as error:
-        raise ConfigError(f"image.stages={config.stages} does not suit {config.name}: {error}; use a smaller index, or null.") from error
+        raise ConfigError(
+            f"image.stages={config.stages} does not suit {config.name}: {error}; use a smaller index, or null."
+        ) from error
 
 
 def _interpolate(positions: Tensor, grid: tuple[int, int]) -> Tensor:

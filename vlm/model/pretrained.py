@@ -104,15 +104,23 @@ def load_metadata(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     restore_folder(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such checkpoint folder; give a folder that holds {CONFIG}, {WEIGHTS} and {TOKENIZER}.")
+        raise CheckpointError(
+            f"{folder}: no such checkpoint folder; give a folder that holds {CONFIG}, {WEIGHTS} and {TOKENIZER}."
+        )
     try:
         metadata = json.loads((folder / CONFIG).read_text())
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: {CONFIG} is missing; it is no checkpoint folder, or was copied in part.{_hint(folder)}") from None
+        raise CheckpointError(
+            f"{folder}: {CONFIG} is missing; it is no checkpoint folder, or was copied in part.{_hint(folder)}"
+        ) from None
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{folder / CONFIG}: not readable as JSON ({error}); copy the checkpoint again.") from None
+        raise CheckpointError(
+            f"{folder / CONFIG}: not readable as JSON ({error}); copy the checkpoint again."
+        ) from None
     if not isinstance(metadata, dict) or not isinstance(metadata.get("model"), dict):
-        raise CheckpointError(f"{folder / CONFIG}: has no `model` settings; it was not written by this library (see `vlm convert`).")
+        raise CheckpointError(
+            f"{folder / CONFIG}: has no `model` settings; it was not written by this library (see `vlm convert`)."
+        )
     return metadata
 
 
@@ -125,7 +133,9 @@ def model_config(metadata: dict[str, Any], source: str = CONFIG) -> ModelConfig:
         text = TextConfig(**{**text_values, "cross_attention": tuple(text_values["cross_attention"])})
         return ModelConfig(image=image, text=text, **values)
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{source}: model settings do not fit this version ({error}); update the library or the checkpoint.") from None
+        raise CheckpointError(
+            f"{source}: model settings do not fit this version ({error}); update the library or the checkpoint."
+        ) from None
 
 
 def load_pretrained(
@@ -197,8 +207,14 @@ def _read_file(folder: Path, name: str) -> dict[str, Tensor]:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         start = path.read_bytes()[:2]
-        kind = "a pickle, which is never loaded" if start in (b"PK", b"\x80\x02", b"\x80\x04") else f"cut short or damaged ({error})"
-        raise CheckpointError(f"{path}: not a whole safetensors file ({path.stat().st_size:,} bytes): {kind}; copy it again.") from None
+        kind = (
+            "a pickle, which is never loaded"
+            if start in (b"PK", b"\x80\x02", b"\x80\x04")
+            else f"cut short or damaged ({error})"
+        )
+        raise CheckpointError(
+            f"{path}: not a whole safetensors file ({path.stat().st_size:,} bytes): {kind}; copy it again."
+        ) from None
 
 
 def _hint(folder: Path) -> str:

@@ -2,8 +2,8 @@
 
 Letters: B images, T texts, L tokens of a text, P image tokens, D width of the text states, E width of the embeddings, V vocabulary, R rows.
 
-The family's members are settings of one structure. ALBEF (Li et al. 2021): `fusion: late`, cross-attention in the last layers, a separate decoder that
-reads the question. BLIP (Li et al. 2022): `fusion: full`, cross-attention everywhere, a shared decoder with causal self-attention of its own.
+The family's members are settings of one structure. ALBEF (Li et al. 2021): `fusion: late`, cross-attention in the last layers, a separate decoder
+that reads the question. BLIP (Li et al. 2022): `fusion: full`, cross-attention everywhere, a shared decoder with causal self-attention of its own.
 """
 
 from collections.abc import Sequence
@@ -118,7 +118,9 @@ class VisionLanguageModel(nn.Module):
 
     def memory(self, states: Tensor, mask: Tensor | None, stack: Literal["fusion", "decoder"]) -> CrossMemory:
         """Keys and values of `states` (B, P, D_memory) for every cross-attention layer of a stack, projected once."""
-        projection = self.decoder_memory if stack == "decoder" and self.decoder_memory is not None else self.fusion_memory
+        projection = (
+            self.decoder_memory if stack == "decoder" and self.decoder_memory is not None else self.fusion_memory
+        )
         result: CrossMemory = projection(states, mask)
         return result
 
@@ -127,8 +129,10 @@ class VisionLanguageModel(nn.Module):
         if self.config.fusion == "late":
             if text.states is None:
                 raise ValueError("late fusion continues from the text's states; use encode_text or text_view.")
-            return self.text(text.states, text.mask, memory, first=self._text_layers)
-        return self.text(self.text.embed(self._first_token(text.ids, "fused")), text.mask, memory)
+            states: Tensor = self.text(text.states, text.mask, memory, first=self._text_layers)
+        else:
+            states = self.text(self.text.embed(self._first_token(text.ids, "fused")), text.mask, memory)
+        return states
 
     def decode_states(
         self, ids: Tensor, memory: CrossMemory, mask: Tensor | None = None, cache: TextCache | None = None
@@ -139,7 +143,8 @@ class VisionLanguageModel(nn.Module):
             ids = self._first_token(ids, "decoder")
         # Rows with prompts of different lengths count their own positions.
         offset = 0 if cache is None else cache.offset
-        return stack(stack.embed(ids, offset), mask, memory, causal=True, cache=cache)
+        states: Tensor = stack(stack.embed(ids, offset), mask, memory, causal=True, cache=cache)
+        return states
 
     def decode(
         self, ids: Tensor, memory: CrossMemory, cache: TextCache | None = None, mask: Tensor | None = None

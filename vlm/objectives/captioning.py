@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlm.data.batch import Batch
 from vlm.model.vision_language import VisionLanguageModel
-from vlm.objectives.objective import Features, Loss, Pass, nothing
+from vlm.objectives.objective import Features, Loss, Pass, exact, nothing
 
 
 class Captioning:
@@ -32,12 +32,12 @@ class Captioning:
             return texts.weight.sum()
         return (predicted(texts.mask, texts.prompt) * texts.weight[:, None]).sum()
 
-    def requests(self, model: VisionLanguageModel, features: Features, batch: Batch) -> Sequence[Pass]:
+    def requests(self, model: VisionLanguageModel, features: Features, batch: Batch) -> Sequence[Pass]:  # noqa: ARG002
         """Every text with its own image, causal."""
         rows = torch.arange(len(batch.texts.ids), device=batch.texts.ids.device)
         return [Pass(rows, batch.texts.image, causal=True)]
 
-    def loss(self, model: VisionLanguageModel, outputs: Sequence[Tensor], features: Features, batch: Batch) -> Loss:
+    def loss(self, model: VisionLanguageModel, outputs: Sequence[Tensor], features: Features, batch: Batch) -> Loss:  # noqa: ARG002
         """Weighted cross-entropy, summed."""
         texts = batch.texts
         total, right, tokens = sequence_loss(
@@ -61,13 +61,13 @@ def sequence_loss(
     weight: Tensor,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sum of the predicted tokens' cross-entropies; how many were right; how many there were. The head runs where a label is, and only there.
+    """Weighted sum of the predicted tokens' cross-entropies; how many were right; how many there were. The head runs where a label is only.
 
     states: (T, L, D) causal. ids, mask: (T, L). prompt, weight: (T,).
     """
     wanted = predicted(mask, prompt) & (weight > 0)[:, None]
     labels = ids[:, 1:][wanted]
-    logits = model.language_logits(states[:, :-1][wanted]).float()
+    logits = exact(model.language_logits(states[:, :-1][wanted]))
     losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
     weights = weight[:, None].expand_as(wanted)[wanted]
     total = (losses * weights).sum() + nothing(states)

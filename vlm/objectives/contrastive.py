@@ -4,7 +4,7 @@ Letters: B images and T texts of this rank, W ranks, E width of the embeddings.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,11 +24,11 @@ class Contrastive:
         """Texts with weight; each direction is averaged over its own rows."""
         return (batch.texts.weight > 0).sum()
 
-    def requests(self, model: VisionLanguageModel, features: Features, batch: Batch) -> Sequence[Pass]:
+    def requests(self, model: VisionLanguageModel, features: Features, batch: Batch) -> Sequence[Pass]:  # noqa: ARG002
         """None: the embeddings are there."""
         return ()
 
-    def loss(self, model: VisionLanguageModel, outputs: Sequence[Tensor], features: Features, batch: Batch) -> Loss:
+    def loss(self, model: VisionLanguageModel, outputs: Sequence[Tensor], features: Features, batch: Batch) -> Loss:  # noqa: ARG002
         """Rows of this rank against the columns of all ranks, in fp32 (or better)."""
         text = features.texts["plain"]
         assert text.embedding is not None
@@ -46,12 +46,11 @@ class Contrastive:
         return Loss(total, count, {"accuracy": (right, count)})
 
 
-class _Rows:
+class _Rows(NamedTuple):
     """loss: (R,) of each row. right: (R,) bool, whether the row's best column is a positive."""
 
-    def __init__(self, loss: Tensor, right: Tensor) -> None:
-        self.loss = loss
-        self.right = right
+    loss: Tensor
+    right: Tensor
 
 
 def contrastive_rows(
@@ -63,11 +62,11 @@ def contrastive_rows(
     """
     with torch.autocast(queries.device.type, enabled=False):
         logits = queries @ keys.T / temperature
-        logits = logits.masked_fill(~key_valid, float("-inf"))
+        # Finite, so that a batch without any valid column has a gradient (0), not NaN.
+        logits = logits.masked_fill(~key_valid, torch.finfo(logits.dtype).min)
         log_probability = torch.log_softmax(logits, dim=1)
     positive = (ids[:, None] == key_ids[None, :]) & key_valid
     share = positive / positive.sum(1, keepdim=True).clamp(min=1)
-    # A column of probability 0 is never a positive's with weight: 0 * -inf must not reach the sum.
     loss = -(share * log_probability.masked_fill(~positive, 0.0)).sum(1)
     right = positive.gather(1, logits.argmax(1, keepdim=True)).squeeze(1)
     return _Rows(loss, right)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlm.data.batch import Batch, Masked
 from vlm.model.vision_language import VisionLanguageModel
-from vlm.objectives.objective import Features, Loss, Pass, nothing
+from vlm.objectives.objective import Features, Loss, Pass, exact, nothing
 
 
 class MaskedLanguage:
@@ -21,19 +21,19 @@ class MaskedLanguage:
         """Hidden tokens of texts with weight."""
         return (self._weight(batch, _masked(batch)) > 0).sum()
 
-    def requests(self, model: VisionLanguageModel, features: Features, batch: Batch) -> Sequence[Pass]:
+    def requests(self, model: VisionLanguageModel, features: Features, batch: Batch) -> Sequence[Pass]:  # noqa: ARG002
         """Every text with its tokens hidden, and its own image."""
-        rows = torch.arange(len(batch.texts.ids), device=batch.texts.ids.device)
+        rows = torch.arange(len(_masked(batch).ids), device=batch.texts.ids.device)
         return [Pass(rows, batch.texts.image, view="masked")]
 
-    def loss(self, model: VisionLanguageModel, outputs: Sequence[Tensor], features: Features, batch: Batch) -> Loss:
+    def loss(self, model: VisionLanguageModel, outputs: Sequence[Tensor], features: Features, batch: Batch) -> Loss:  # noqa: ARG002
         """Cross-entropy at the hidden tokens, summed; a batch without any gives 0."""
         masked = _masked(batch)
         states = outputs[0].flatten(0, 1).index_select(0, masked.positions)
-        logits = model.masked_language_logits(states).float()
+        logits = exact(model.masked_language_logits(states))
         used = self._weight(batch, masked) > 0
         losses = F.cross_entropy(logits, masked.labels, reduction="none")
-        total = torch.where(used, losses, losses * 0.0).sum() + nothing(outputs[0])
+        total = torch.where(used, losses, 0.0).sum() + nothing(outputs[0])
         right = ((logits.argmax(1) == masked.labels) & used).sum()
         count = used.sum()
         return Loss(total, count, {"accuracy": (right, count)})
@@ -46,5 +46,7 @@ class MaskedLanguage:
 
 def _masked(batch: Batch) -> Masked:
     if batch.masked is None:
-        raise ValueError("the batch has no masked texts; the loader draws them when objectives.masked_language is above 0.")
+        raise ValueError(
+            "the batch has no masked texts; the loader draws them when objectives.masked_language is above 0."
+        )
     return batch.masked

@@ -2,8 +2,8 @@
 
 Letters: B images, T texts (one for each image in training), L tokens, D width.
 
-The family's notorious crash, `multinomial: sum of probabilities <= 0`, cannot happen here: the softmax runs in fp32 over the eligible columns only, so
-each row with a candidate sums to 1 whatever the logits, and a row without one points at itself with weight 0. Nothing waits for the device.
+The family's notorious crash, `multinomial: sum of probabilities <= 0`, cannot happen here: negatives are drawn in fp32 over the eligible columns only,
+by the largest of the logits with Gumbel noise, and a row without any points at itself with weight 0. Nothing waits for the device.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlm.data.batch import Batch
 from vlm.model.vision_language import VisionLanguageModel
-from vlm.objectives.objective import Features, Loss, Pass
+from vlm.objectives.objective import Features, Loss, Pass, exact
 
 
 class Matching:
@@ -24,9 +24,8 @@ class Matching:
     scope: Literal["pair", "micro"] = "micro"
 
     def count(self, batch: Batch) -> Tensor:
-        """One positive a weighted text; two negatives where another image is at hand."""
-        usable, eligible = eligibility(batch)
-        return usable.sum() + 2 * (usable & eligible.any(1)).sum()
+        """Three pairs a weighted text, where another image is at hand; else none, as positives alone would teach to say yes."""
+        return 3 * _counted(*eligibility(batch)).sum()
 
     def requests(self, model: VisionLanguageModel, features: Features, batch: Batch) -> Sequence[Pass]:
         """Positive, negative images, negative texts: in this order."""
@@ -42,16 +41,15 @@ class Matching:
         rows = torch.arange(len(own), device=own.device)
         return [Pass(rows, own), Pass(rows, negative_image), Pass(negative_text, own)]
 
-    def loss(self, model: VisionLanguageModel, outputs: Sequence[Tensor], features: Features, batch: Batch) -> Loss:
+    def loss(self, model: VisionLanguageModel, outputs: Sequence[Tensor], features: Features, batch: Batch) -> Loss:  # noqa: ARG002
         """Cross-entropy over match / no match, summed."""
-        usable, eligible = eligibility(batch)
-        negatives = usable & eligible.any(1)
-        weight = torch.cat([usable, negatives, negatives])
-        logits = model.matching_logits(torch.cat([states[:, :1] for states in outputs])).float()
+        counted = _counted(*eligibility(batch))
+        weight = counted.repeat(3)
+        logits = exact(model.matching_logits(torch.cat([states[:, :1] for states in outputs])))
         labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-        labels[: len(usable)] = 1
+        labels[: len(counted)] = 1
         losses = F.cross_entropy(logits, labels, reduction="none")
-        total = torch.where(weight, losses, losses * 0.0).sum()
+        total = torch.where(weight, losses, 0.0).sum()
         right = ((logits.argmax(1) == labels) & weight).sum()
         count = weight.sum()
         return Loss(total, count, {"accuracy": (right, count)})
@@ -64,12 +62,19 @@ def eligibility(batch: Batch) -> tuple[Tensor, Tensor]:
     return usable, (ids[:, None] != ids[None, :]) & usable
 
 
+def _counted(usable: Tensor, eligible: Tensor) -> Tensor:
+    """(T,) bool: texts that take part and have a negative."""
+    return usable & eligible.any(1)
+
+
 def sample_negatives(similarity: Tensor, eligible: Tensor) -> Tensor:
     """(T,) one column for each row, drawn with softmax(similarity) over its eligible columns; the row itself where it has none.
 
-    similarity: (T, T), finite. eligible: (T, T) bool.
+    similarity: (T, T); NaN counts as 0, so that a diverging run reaches the trainer's message. eligible: (T, T) bool.
     """
     own = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
     allowed = torch.where(eligible.any(1, keepdim=True), eligible, own)
-    logits = similarity.float().masked_fill(~allowed, float("-inf"))
-    return torch.multinomial(torch.softmax(logits, dim=1), 1).squeeze(1)
+    logits = similarity.float().nan_to_num().masked_fill(~allowed, float("-inf"))
+    # The largest of logits plus Gumbel noise has the softmax's distribution (Gumbel 1954). torch.multinomial would check its input: older versions
+    # wait for the device to do so, newer ones abort the process on a GPU.
+    return (logits - torch.empty_like(logits).exponential_().log()).argmax(1)

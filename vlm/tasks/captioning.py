@@ -78,7 +78,11 @@ class CaptioningTask(Task):
         scores = caption_scores({r["key"]: r["references"] for r in records}, {r["key"]: r["caption"] for r in records})
         names = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr")
         distinct = len({r["caption"] for r in records}) / len(records)
-        return {**{name: 100 * getattr(scores, name) for name in names}, "distinct": 100 * distinct, "images": float(len(records))}
+        return {
+            **{name: 100 * getattr(scores, name) for name in names},
+            "distinct": 100 * distinct,
+            "images": float(len(records)),
+        }
 
     def official(self, records: Iterable[Record]) -> list[Record]:
         """COCO's prediction form; an image is named by its data set's own id, or by its record's key."""

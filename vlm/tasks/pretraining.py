@@ -32,7 +32,9 @@ def build_objectives(config: ObjectivesConfig) -> tuple[dict[str, Objective], di
     }
     weights = {name: float(getattr(config, name)) for name in known if getattr(config, name) > 0}
     if not weights:
-        raise ConfigError("objectives: all weights are 0; give at least one of contrastive, matching, masked_language, captioning.")
+        raise ConfigError(
+            "objectives: all weights are 0; give at least one of contrastive, matching, masked_language, captioning."
+        )
     return {name: known[name] for name in weights}, weights
 
 

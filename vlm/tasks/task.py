@@ -23,7 +23,9 @@ class Task(nn.Module):
 
     metric: str
 
-    def __init__(self, model: VisionLanguageModel, objectives: Mapping[str, Objective], weights: Mapping[str, float]) -> None:
+    def __init__(
+        self, model: VisionLanguageModel, objectives: Mapping[str, Objective], weights: Mapping[str, float]
+    ) -> None:
         super().__init__()
         self.model = model
         self.objectives = dict(objectives)
@@ -49,7 +51,9 @@ class Task(nn.Module):
         image = self.encode_image(batch.images)
         texts = batch.texts
         compares = bool(names & {"contrastive", "matching"})
-        views = {"plain": self.model.encode_text(texts.ids, texts.mask) if compares else TextFeatures(texts.ids, texts.mask)}
+        views = {
+            "plain": self.model.encode_text(texts.ids, texts.mask) if compares else TextFeatures(texts.ids, texts.mask)
+        }
         if batch.masked is not None and "masked_language" in names:
             views["masked"] = self.model.text_view(batch.masked.ids, texts.mask)
         memory: dict[str, CrossMemory] = {}
@@ -75,12 +79,13 @@ class Task(nn.Module):
             if not chosen:
                 continue
             group = [passes[i] for i in chosen]
-            text = TextFeatures.join([self.model.fusion_view(features.texts[p.view]).select(p.text_rows) for p in group])
-            memory = features.memory["decoder" if causal else "fusion"].select(torch.cat([p.memory_rows for p in group]))
-            if causal:
-                states = self.model.decode_states(text.ids, memory)
-            else:
-                states = self.model.fuse(text, memory)
+            text = TextFeatures.join(
+                [self.model.fusion_view(features.texts[p.view]).select(p.text_rows) for p in group]
+            )
+            memory = features.memory["decoder" if causal else "fusion"].select(
+                torch.cat([p.memory_rows for p in group])
+            )
+            states = self.model.decode_states(text.ids, memory) if causal else self.model.fuse(text, memory)
             for i, part in zip(chosen, states.split([len(p.text_rows) for p in group]), strict=True):
                 outputs[i] = part
         return [o for o in outputs if o is not None]
@@ -97,7 +102,7 @@ class Task(nn.Module):
         """Scores of all records, in the units of their official form."""
         raise NotImplementedError
 
-    def official(self, records: Iterable[Record]) -> list[Record]:
+    def official(self, records: Iterable[Record]) -> list[Record]:  # noqa: ARG002 (for tasks that have such a form)
         """The predictions in the form that evaluation servers and `vlm score` take; none where there is no such form."""
         return []
 

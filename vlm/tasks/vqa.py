@@ -36,7 +36,9 @@ def answer_list(sets: Iterable[ShardSet], minimum: int = 1) -> list[str]:
         for question in record.questions:
             given = Counter(cleaned for answer in question.get("answers") or () if (cleaned := clean_answer(answer)))
             counts.update(given.keys())
-    return [answer for answer, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])) if count >= minimum]
+    return [
+        answer for answer, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])) if count >= minimum
+    ]
 
 
 def build_vqa(model: VisionLanguageModel, tokenizer: Tokenizer, config: Config, answers: Sequence[str]) -> "Vqa":
@@ -49,11 +51,17 @@ def build_vqa(model: VisionLanguageModel, tokenizer: Tokenizer, config: Config, 
     if form == "encoder_decoder" and (settings.decoder != "separate" or settings.decoder_reads != "question"):
         raise ConfigError("vqa.form=encoder_decoder needs model.decoder=separate and model.decoder_reads=question.")
     if form == "prompted" and settings.decoder == "separate" and settings.decoder_reads == "question":
-        raise ConfigError("vqa.form=prompted needs a decoder that reads the image; set model.decoder_reads=image or model.decoder=shared.")
+        raise ConfigError(
+            "vqa.form=prompted needs a decoder that reads the image; set model.decoder_reads=image or model.decoder=shared."
+        )
     if config.vqa.inference == "rank" and not answers:
-        raise ConfigError("vqa.inference=rank needs an answer list, and the training questions gave none; lower vqa.min_answer_count.")
+        raise ConfigError(
+            "vqa.inference=rank needs an answer list, and the training questions gave none; lower vqa.min_answer_count."
+        )
     kind = EncoderDecoderVqa if form == "encoder_decoder" else PromptedVqa
-    return kind(model, tokenizer, config.objectives.label_smoothing, config.generation, answers, config.data.max_answer_tokens)
+    return kind(
+        model, tokenizer, config.objectives.label_smoothing, config.generation, answers, config.data.max_answer_tokens
+    )
 
 
 def answer_tree(tokenizer: Tokenizer, answers: Sequence[str], max_tokens: int) -> tuple[AnswerTree, list[str]]:
@@ -83,7 +91,10 @@ class Vqa(Task):
         super().__init__(model, {"captioning": Captioning(label_smoothing, per="texts")}, {"captioning": 1.0})
         self.tokenizer, self.generation, self.label_smoothing = tokenizer, generation, label_smoothing
         self.max_answer_tokens = max_answer_tokens
-        self.tree, self.answers = answer_tree(tokenizer, answers, max_answer_tokens) if answers else (None, [])
+        self.tree: AnswerTree | None = None
+        self.answers: list[str] = []
+        if answers:
+            self.tree, self.answers = answer_tree(tokenizer, answers, max_answer_tokens)
 
     def prompt(self, batch: Batch) -> tuple[CrossMemory, Tensor, Tensor]:
         """What decoding an answer starts from: the memory (T rows), ids (T, L) and mask (T, L) of the prompts."""
@@ -93,11 +104,23 @@ class Vqa(Task):
     def predict(self, batch: Batch) -> list[Record]:
         """One record a question: its answer, confidence and annotators' answers."""
         answers = answer_questions(
-            self.model, self.tokenizer, *self.prompt(batch), self.tree, self.answers, self.generation, self.max_answer_tokens
+            self.model,
+            self.tokenizer,
+            *self.prompt(batch),
+            self.tree,
+            self.answers,
+            self.generation,
+            self.max_answer_tokens,
         )
         images = batch.texts.image.tolist()
         return [
-            {**source, "key": batch.keys[image], "answer": answer, "confidence": confidence, "references": source.get("answers", [])}
+            {
+                **source,
+                "key": batch.keys[image],
+                "answer": answer,
+                "confidence": confidence,
+                "references": source.get("answers", []),
+            }
             for source, image, (answer, confidence) in zip(batch.sources, images, answers, strict=True)
         ]
 
@@ -175,5 +198,7 @@ class EncoderDecoderVqa(Vqa):
     @staticmethod
     def _answers(batch: Batch) -> Answers:
         if batch.answers is None:
-            raise ValueError("the batch has no answers; the loader makes them in training with vqa.form=encoder_decoder.")
+            raise ValueError(
+                "the batch has no answers; the loader makes them in training with vqa.form=encoder_decoder."
+            )
         return batch.answers

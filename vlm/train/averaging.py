@@ -1,6 +1,6 @@
 """Exponentially averaged weights, which are evaluated and saved in place of the last ones."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 
-def _warmed(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+def _warmed(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
     """The decay grows as (1 + n) / (10 + n) up to `decay`, so that the random start is soon forgotten."""
 
     @torch.no_grad()
-    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
         n = int(count)
         weight = 1 - min(decay, (1 + n) / (10 + n))
         floating = [i for i, tensor in enumerate(averaged) if tensor.is_floating_point()]

@@ -9,6 +9,8 @@ from torch import nn
 from vlm.config import OptimizerConfig
 from vlm.errors import ConfigError
 
+UNDECAYED = ("position", "pos_embed", "cls_token", "reg_token", "dist_token")
+
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, object]]:
     """Groups by rate factor and decay. Biases, norms, positions and the temperature never decay.
@@ -21,21 +23,28 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     for prefix in config.lr_factors:
         if not any(name.startswith(prefix) for name in everything):
             parts = sorted({name.split(".")[0] for name in everything})
-            raise ConfigError(f"optimizer.lr_factors: no parameter begins with {prefix!r}; the parts are {', '.join(parts)}.")
+            raise ConfigError(
+                f"optimizer.lr_factors: no parameter begins with {prefix!r}; the parts are {', '.join(parts)}."
+            )
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
         matching = [prefix for prefix in config.lr_factors if name.startswith(prefix)]
         factor = config.lr_factors[max(matching, key=len)] if matching else 1.0
         groups.setdefault((factor, decays(name, parameter)), []).append(parameter)
     return [
-        {"params": parameters, "factor": factor, "lr": config.lr * factor, "weight_decay": config.weight_decay if decay else 0.0}
+        {
+            "params": parameters,
+            "factor": factor,
+            "lr": config.lr * factor,
+            "weight_decay": config.weight_decay if decay else 0.0,
+        }
         for (factor, decay), parameters in groups.items()
     ]
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices and kernels that are no positions."""
-    return parameter.ndim > 1 and "position" not in name and "pos_embed" not in name and "cls_token" not in name
+    """Whether weight decay applies: to matrices and kernels, but not to positions and learned tokens (timm's `pos_embed`, `cls_token`, ...)."""
+    return parameter.ndim > 1 and not any(part in name for part in UNDECAYED)
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

@@ -27,7 +27,9 @@ def plot_runs(runs: Sequence[Path], out: Path | None = None) -> Path:
         train, evaluations = read_run(run)
         steps = [line["step"] for line in train]
         for name in loss_names(train):
-            axes[0].plot(steps, [line[name] for line in train], label=f"{run.name} {name.removesuffix('/loss')}", linewidth=1.2)
+            axes[0].plot(
+                steps, [line[name] for line in train], label=f"{run.name} {name.removesuffix('/loss')}", linewidth=1.2
+            )
         axes[1].plot(steps, [line["lr"] for line in train], label=run.name)
         for name, points in score_curves(evaluations).items():
             axes[2].plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"{run.name} {name}")

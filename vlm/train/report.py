@@ -1,15 +1,19 @@
 """What a run says while it goes on: a line for people, JSON lines of everything for programs."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from vlm.errors import UserError
+
 
 def say(text: str) -> None:
-    """A line on stderr, where progress goes."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
+    """A line on stderr, where progress goes; of several ranks only the first speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def duration(seconds: float) -> str:
@@ -31,16 +35,48 @@ class JsonLines:
     """log.jsonl: one object a line, `kind` says what it is. A line is written whole or not at all; a cut last line is dropped on reopening."""
 
     def __init__(self, path: Path, last_step: int | None = None) -> None:
-        """last_step: on resuming, what was logged beyond it is dropped, because it will be done again."""
+        """last_step: on resuming, what was logged beyond it is dropped, because it will be done again.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = [] if last_step is None else [r for r in read_json_lines(path) if r.get("step", 0) <= last_step]
-        path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        replace_text(path, "".join(json.dumps(r) + "\n" for r in kept))
 
     def write(self, **values: Any) -> None:
-        """Adds a line."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        """Adds a line.
+
+        Raises:
+            UserError: the file cannot be written, for example because the disk is full.
+        """
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file, and the folders above it, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written; what was there stays.
+    """
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            new.write_text(text, encoding="utf-8")
+            os.replace(new, path)
+        finally:
+            new.unlink(missing_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be written ({error.strerror or error}); free space, or choose another folder.")
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

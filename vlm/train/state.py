@@ -11,9 +11,12 @@ FOLDER, FILE = "training", "state.pt"
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Writes tensors and plain values into `folder`/training."""
+    """Writes tensors and plain values into `folder`/training. Raises OSError where that fails."""
     (folder / FOLDER).mkdir()
-    torch.save(state, folder / FOLDER / FILE)
+    try:
+        torch.save(state, folder / FOLDER / FILE)
+    except RuntimeError as error:  # what a full disk looks like from inside torch's archive writer
+        raise OSError(f"{FOLDER}/{FILE} could not be written whole, the disk seems full; torch: {error}") from None
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -24,11 +27,15 @@ def load_state(folder: Path) -> dict[str, Any]:
     """
     path = folder / FOLDER / FILE
     if not path.exists():
-        raise CheckpointError(f"{folder}: has no {FOLDER}/{FILE}, so the run cannot go on from it; start again, or with --init-from {folder}.")
+        raise CheckpointError(
+            f"{folder}: has no {FOLDER}/{FILE}, so the run cannot go on from it; start again, or with --init-from {folder}."
+        )
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{path}: damaged ({type(error).__name__}); resume from another checkpoint or start again.") from None
+        raise CheckpointError(
+            f"{path}: damaged ({type(error).__name__}); resume from another checkpoint or start again."
+        ) from None
     return state
 
 

@@ -72,7 +72,9 @@ class Trainer:
         self.wrapped: nn.Module = task
         if ranks.world > 1:
             devices = [ranks.device.index] if ranks.device.type == "cuda" else None
-            self.wrapped = DistributedDataParallel(task, device_ids=devices, broadcast_buffers=False, find_unused_parameters=True)
+            self.wrapped = DistributedDataParallel(
+                task, device_ids=devices, broadcast_buffers=False, find_unused_parameters=True
+            )
         self.step = 0
         self.best: float | None = None
         self.scores: dict[str, Any] = {}
@@ -89,7 +91,9 @@ class Trainer:
         out = Path(self.config.out)
         if self.ranks.main:
             self.log = JsonLines(out / "log.jsonl", last_step=self.step if self.step else None)
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        previous = {
+            number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        }
         try:
             self._loop()
         finally:
@@ -153,7 +157,11 @@ class Trainer:
             group["lr"] = self.config.optimizer.lr * group["factor"] * factor
         names = list(self.task.weights)
         counted = [self.task.counts(batch) for batch in micro]
-        totals = self.ranks.sum(torch.stack([sum((c[n].float() for c in counted), torch.zeros((), device=self.ranks.device)) for n in names]))
+        totals = self.ranks.sum(
+            torch.stack(
+                [sum((c[n].float() for c in counted), torch.zeros((), device=self.ranks.device)) for n in names]
+            )
+        )
         divisors = torch.where(totals > 0, totals, torch.ones_like(totals))
         for index, batch in enumerate(micro):
             with self._no_sync(last=index == len(micro) - 1):
@@ -301,7 +309,9 @@ class Meter:
         """The means over ranks, and the weighted total; then starts anew."""
         names = list(self.sums)
         sums = ranks.sum(torch.stack([self.sums[name] for name in names])).cpu()
-        values: dict[str, float] = {n: (total / max(count, 1e-9)).item() for n, (total, count) in zip(names, sums, strict=True)}
+        values: dict[str, float] = {
+            n: (total / max(count, 1e-9)).item() for n, (total, count) in zip(names, sums, strict=True)
+        }
         values["loss"] = sum(weight * values[f"{name}/loss"] for name, weight in self.weights.items())
         values["filled"] = sum(self.filled.values())
         for cause, count in self.filled.items():
