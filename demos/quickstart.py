@@ -1,7 +1,7 @@
 """The main job in one go, offline, on drawn scenes: python demos/quickstart.py [--out DIR] [--train N] [--val N]
 
-Draws scenes with exact captions and questions into shards, pretrains a tiny model, fine-tunes it for captioning and for VQA, evaluates both on held-out
-scenes beside their baselines, captions held-out scenes, and draws a picture of all that. Each step is a command that you can run yourself.
+Draws scenes with exact captions and questions into shards, pretrains a tiny model, fine-tunes it for captioning and for VQA, evaluates both on
+held-out scenes beside their baselines, captions held-out scenes, and draws a picture of all that. Each step is a command that you can run yourself.
 """
 
 import argparse
@@ -10,11 +10,13 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = 8
+MARK = ".quickstart"  # a folder with this file in it was made here and may be made anew
 
 
 def main() -> int:
@@ -30,21 +32,43 @@ def main() -> int:
     parser.add_argument("--val", type=int, default=300, metavar="N", help="held-out scenes (default: %(default)s)")
     parser.add_argument("--epochs", type=float, metavar="E", help="epochs of each stage, in place of the configs'")
     arguments = parser.parse_args()
+    for name in ("train", "val"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} {getattr(arguments, name)}: give at least 1")
 
     from vlm.errors import UserError
 
     try:
         quickstart(arguments.out, arguments.train, arguments.val, arguments.epochs)
+    except Stopped as stopped:
+        print(f"quickstart: {stopped}", file=sys.stderr)
+        return stopped.status
     except UserError as error:
         print(f"quickstart: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
+class Stopped(Exception):
+    """A command ended with a status other than 0, and has said why."""
+
+    def __init__(self, command: str, status: int) -> None:
+        super().__init__(f"`{command}` ended with status {status}; see above.")
+        self.status = status
+
+
 def quickstart(out: Path, train: int, val: int, epochs: float | None) -> None:
-    """All stages, one after another."""
+    """All stages, one after another.
+
+    Raises:
+        UserError: the folder holds something else, or matplotlib is not installed. Stopped: a command ended early.
+    """
+    from vlm.errors import UserError
+
     start = time.perf_counter()
-    shutil.rmtree(out, ignore_errors=True)
+    if find_spec("matplotlib") is None:
+        raise UserError("drawing the picture needs matplotlib: pip install 'vlm-fusion[demo]'.")
+    make_anew(out)
     scenes = out / "scenes"
 
     stage(1, f"Draw {train + val} scenes with captions, questions and answers into WebDataset shards")
@@ -105,6 +129,27 @@ def quickstart(out: Path, train: int, val: int, epochs: float | None) -> None:
     )
 
 
+def make_anew(out: Path) -> None:
+    """Empties the run folder, if it is one.
+
+    Raises:
+        UserError: it holds something else, or cannot be written.
+    """
+    from vlm.errors import UserError
+
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / MARK).exists():
+            raise UserError(
+                f"{out} holds something that is not a run of the quickstart; choose another --out, or remove it."
+            )
+        if out.exists():
+            shutil.rmtree(out)
+        out.mkdir(parents=True)
+        (out / MARK).touch()
+    except OSError as error:
+        raise UserError(f"{out} cannot be made anew ({error.strerror or error}); choose another --out.") from None
+
+
 def stage(number: int, title: str) -> None:
     print(f"\n=== {number}. {title}", flush=True)
 
@@ -112,19 +157,19 @@ def stage(number: int, title: str) -> None:
 def vlm(*arguments: str) -> None:
     """Runs a `vlm` command in this process, which spares its imports."""
     from vlm.cli import main
-    from vlm.errors import UserError
 
     shown = " ".join(a if " " not in a else repr(a) for a in arguments)
     print(f"$ vlm {shown}", flush=True)
     place = [str(ROOT / a) if a.startswith("configs/") else a for a in arguments]
     if status := main(place):
-        raise UserError(f"`vlm {arguments[0]}` ended with status {status}; see above.")
+        raise Stopped(f"vlm {arguments[0]}", status)
 
 
 def command(module: str, *arguments: str) -> None:
     """Runs a module's command in a process of its own."""
     print(f"$ python -m {module} {' '.join(arguments)}", flush=True)
-    subprocess.run([sys.executable, "-m", module, *arguments], check=True)
+    if status := subprocess.run([sys.executable, "-m", module, *arguments]).returncode:
+        raise Stopped(f"python -m {module}", status)
 
 
 def report(out: Path, scenes: Path) -> None:
@@ -183,7 +228,7 @@ def extract(shards: Path, folder: Path) -> list[Path]:
     from vlm.data.scan import scan
 
     folder.mkdir()
-    paths = []
+    paths: list[Path] = []
     for record, _ in zip(scan([load_index(shards)]), range(PICTURES), strict=False):
         paths.append(folder / f"{record.key}.png")
         paths[-1].write_bytes(record.image)
@@ -216,9 +261,10 @@ def draw(out: Path, images: list[Path], captions: list[str]) -> Path:
         axis.set_title(f"{name}: loss by step")
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-    for axis, path, caption in zip(axes[1:].flat, images, captions, strict=True):
-        axis.imshow(Image.open(path))
+    for axis in axes[1:].flat:
         axis.axis("off")
+    for axis, path, caption in zip(axes[1:].flat, images, captions, strict=False):
+        axis.imshow(Image.open(path))
         asked = questions[path.stem][:2]
         marks = ["right" if answers[q["question_id"]] in q["answers"] else f"wrong: {q['answers'][0]}" for q in asked]
         lines = [f"{q['question']} {answers[q['question_id']]} ({mark})" for q, mark in zip(asked, marks, strict=True)]
@@ -233,4 +279,7 @@ def draw(out: Path, images: list[Path], captions: list[str]) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(3)

@@ -16,7 +16,8 @@ def _warmed(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tenso
         n = int(count)
         weight = 1 - min(decay, (1 + n) / (10 + n))
         floating = [i for i, tensor in enumerate(averaged) if tensor.is_floating_point()]
-        torch._foreach_lerp_([averaged[i] for i in floating], [current[i] for i in floating], weight)
+        if floating:  # the caller groups by type: counters come apart
+            torch._foreach_lerp_([averaged[i] for i in floating], [current[i] for i in floating], weight)
         for i, tensor in enumerate(averaged):
             if not tensor.is_floating_point():
                 tensor.copy_(current[i])
