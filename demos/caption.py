@@ -6,12 +6,13 @@ exit status 1.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
-HERE = Path(__file__).parent
+MODEL = Path(__file__).parent / "model"
 
 
 def main() -> int:
@@ -19,70 +20,84 @@ def main() -> int:
     parser.add_argument(
         "images", nargs="+", metavar="IMG|FOLDER|-", help="image files, folders of images, or - for paths on stdin"
     )
-    parser.add_argument(
-        "--model", default=str(HERE / "model"), metavar="DIR", help="checkpoint folder (default: %(default)s)"
-    )
+    parser.add_argument("--model", default=str(MODEL), metavar="DIR", help="checkpoint folder (default: %(default)s)")
     parser.add_argument("--beams", type=int, metavar="N", help="beams; 1 is greedy (default: the checkpoint's)")
     parser.add_argument("--sample", action="store_true", help="draw the words instead of searching the likeliest")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of --sample: other seeds, other captions")
     parser.add_argument("--json", action="store_true", help="one JSON object a line: image, caption, confidence")
     parser.add_argument("--device", metavar="D", help="cpu or cuda (default: a GPU where there is one)")
     arguments = parser.parse_args()
     if arguments.beams is not None and arguments.beams < 1:
         parser.error(f"--beams {arguments.beams}: give at least 1")
 
-    from vlm.errors import BadImage, UserError
+    from vlm.errors import UserError
 
     try:
-        paths = list(listed(arguments.images))
-        from vlm.predictor import Predictor, Said
-
-        predictor = Predictor.load(arguments.model, arguments.device)
+        return caption(arguments)
     except UserError as error:
         print(f"caption: {error}", file=sys.stderr)
         return error.exit_code
 
+
+def caption(arguments: argparse.Namespace) -> int:
+    """Writes the captions; the exit status.
+
+    Raises:
+        UserError: nothing can be captioned.
+    """
+    from vlm.errors import BadImage, CheckpointError
+
+    paths = list(listed(arguments.images))
+    if arguments.model == str(MODEL) and not MODEL.exists():
+        raise CheckpointError(f"{MODEL} is not there; give the folder of a captioning checkpoint with --model DIR.")
+    from vlm.predictor import Predictor, Said
+
+    predictor = Predictor.load(arguments.model, arguments.device)
     status = 0
     for path in paths:
         found: Said | str
         try:
-            found = predictor.caption([path], beams=arguments.beams, sampled=arguments.sample)[0]
+            found = predictor.caption([path], arguments.beams, arguments.sample, arguments.seed)[0]
         except BadImage as error:
-            found, status = str(error), 1
-            print(f"caption: {error}", file=sys.stderr)
+            found, status = " ".join(str(error).splitlines()), 1  # a file's name may have several lines
+            print(f"caption: {found}", file=sys.stderr)
         if arguments.json:
-            what = (
-                {"error": found}
-                if isinstance(found, str)
-                else {"caption": found.text, "confidence": round(found.confidence, 4)}
-            )
-            print(json.dumps({"image": str(path)} | what, ensure_ascii=False), flush=True)
+            words = {"caption": found.text, "confidence": round(found.confidence, 4)} if isinstance(found, Said) else {}
+            print(json.dumps({"image": path, **(words or {"error": found})}), flush=True)
         else:
-            print("" if isinstance(found, str) else found.text, flush=True)
+            print(found.text if isinstance(found, Said) else "", flush=True)
     return status
 
 
-def listed(names: list[str]) -> Iterator[Path]:
-    """The images that the arguments name, folders in the order of their files' names.
+def listed(names: list[str]) -> Iterator[str]:
+    """The paths that the arguments name, folders in the order of their files' names.
 
     Raises:
-        UserError: a folder holds no image.
+        UserError: a folder holds no image or cannot be read.
     """
     from vlm.errors import UserError
 
     for name in names:
         if name == "-":
-            yield from (Path(line.rstrip("\n")) for line in sys.stdin if line.strip())
-        elif Path(name).is_dir():
-            inside = sorted(p for p in Path(name).iterdir() if p.suffix.lower() in SUFFIXES)
+            lines = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
+            yield from (line for line in lines if line.strip())
+        elif os.path.isdir(name):
+            try:
+                inside = sorted(str(p) for p in Path(name).iterdir() if p.suffix.lower() in SUFFIXES)
+            except OSError as error:
+                raise UserError(f"{name}: the folder cannot be read ({error.strerror}).") from None
             if not inside:
                 raise UserError(f"{name}: no images in this folder (looked for {', '.join(sorted(SUFFIXES))}).")
             yield from inside
         else:
-            yield Path(name)
+            yield name
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (KeyboardInterrupt, BrokenPipeError):
+    except KeyboardInterrupt:
+        sys.exit(1)  # 3 would say that a state was saved
+    except BrokenPipeError:  # the reader has enough; what is left in the buffer must not be tried again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -6,6 +6,7 @@ held-out scenes beside their baselines, captions held-out scenes, and draws a pi
 
 import argparse
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -73,9 +74,8 @@ def quickstart(out: Path, train: int, val: int, epochs: float | None) -> None:
 
     stage(1, f"Draw {train + val} scenes with captions, questions and answers into WebDataset shards")
     command("vlm.data.synthetic", "--out", str(scenes), "--train", str(train), "--val", str(val))
-    common = ["--data.splits.train", f"{scenes}/train", "--data.splits.val", f"{scenes}/val"]
-    if epochs is not None:
-        common += ["--train.epochs", str(epochs)]
+    splits = ["--data.splits.train", f"{scenes}/train", "--data.splits.val", f"{scenes}/val"]
+    common = [*splits, *([] if epochs is None else ["--train.epochs", str(epochs)])]
 
     stage(2, "Pretrain: contrastive, matching, masked language and captioning objectives")
     vlm("train", "configs/pretrain/tiny.yaml", "--out", f"{out}/pretrain", *common)
@@ -88,45 +88,21 @@ def quickstart(out: Path, train: int, val: int, epochs: float | None) -> None:
     vlm("train", "configs/finetune/vqa/tiny.yaml", "--out", f"{out}/vqa", *common)
 
     stage(5, "The same with grey images: what the questions alone give away")
-    vlm(
-        "train",
-        "configs/finetune/vqa/tiny.yaml",
-        "--out",
-        f"{out}/vqa_question_only",
-        *common,
-        "--data.blank-images",
-        "True",
-    )
+    blank = ["--data.blank-images", "True"]
+    vlm("train", "configs/finetune/vqa/tiny.yaml", "--out", f"{out}/vqa_question_only", *common, *blank)
 
     stage(6, "Evaluate on the held-out scenes")
-    for name, task in (("captioning", "captioning"), ("vqa", "vqa")):
-        vlm(
-            "evaluate", f"configs/finetune/{task}/tiny.yaml", "--checkpoint", f"{out}/{name}/latest", "--split", "val",
-            "--out", f"{out}/{name}/evaluation", "--data.splits.val", f"{scenes}/val",
-        )  # fmt: skip
+    for name in ("captioning", "vqa"):
+        run = ["--checkpoint", f"{out}/{name}/latest", "--split", "val", "--out", f"{out}/{name}/evaluation"]
+        vlm("evaluate", f"configs/finetune/{name}/tiny.yaml", *run, *splits)
     report(out, scenes)
 
     stage(7, "Caption held-out scenes with demos/caption.py")
     images = extract(scenes / "val", out / "images")
-    print(f"$ python demos/caption.py {out}/images --model {out}/captioning/latest", flush=True)
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "demos/caption.py"),
-            str(out / "images"),
-            "--model",
-            str(out / "captioning/latest"),
-        ],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    print(done.stdout, end="")
-
-    picture = draw(out, images, done.stdout.splitlines())
-    print(
-        f"\nDone in {time.perf_counter() - start:.0f} s. The run is in {out}, the picture with curves, captions and answers is {picture}"
-    )
+    captions = caption(f"{out}/images", "--model", f"{out}/captioning/latest")
+    picture = draw(out, images, captions)
+    seconds = time.perf_counter() - start
+    print(f"\nDone in {seconds:.0f} s. The run is in {out}; curves, captions and answers are in {picture}")
 
 
 def make_anew(out: Path) -> None:
@@ -158,54 +134,49 @@ def vlm(*arguments: str) -> None:
     """Runs a `vlm` command in this process, which spares its imports."""
     from vlm.cli import main
 
-    shown = " ".join(a if " " not in a else repr(a) for a in arguments)
-    print(f"$ vlm {shown}", flush=True)
-    place = [str(ROOT / a) if a.startswith("configs/") else a for a in arguments]
-    if status := main(place):
-        raise Stopped(f"vlm {arguments[0]}", status)
+    print(f"$ vlm {shlex.join(arguments)}", flush=True)
+    name, config, *rest = arguments
+    if status := main([name, str(ROOT / config), *rest]):
+        raise Stopped(f"vlm {name}", status)
 
 
 def command(module: str, *arguments: str) -> None:
     """Runs a module's command in a process of its own."""
-    print(f"$ python -m {module} {' '.join(arguments)}", flush=True)
+    print(f"$ python -m {module} {shlex.join(arguments)}", flush=True)
     if status := subprocess.run([sys.executable, "-m", module, *arguments]).returncode:
         raise Stopped(f"python -m {module}", status)
 
 
+def caption(*arguments: str) -> list[str]:
+    """Runs demos/caption.py in a process of its own; its lines."""
+    print(f"$ python demos/caption.py {shlex.join(arguments)}", flush=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "demos/caption.py"), *arguments], stdout=subprocess.PIPE, text=True
+    )
+    print(done.stdout, end="")
+    if done.returncode:
+        raise Stopped("python demos/caption.py", done.returncode)
+    return done.stdout.splitlines()
+
+
 def report(out: Path, scenes: Path) -> None:
     """The held-out scores beside their baselines."""
-    from vlm.data.index import load_index
-    from vlm.data.scan import scan
-    from vlm.metrics.baselines import fit_question_type_baseline
-    from vlm.metrics.vqa import accuracy
-
     captions = {p["image_id"]: p["caption"] for p in read(out / "captioning/evaluation/predictions.json")}
     references: dict[Any, str] = {
         a["image_id"]: a["caption"] for a in read(scenes / "val_references.json")["annotations"]
     }
     exact = sum(captions[i] == references[i] for i in captions) / len(captions)
     cider = score(out / "captioning", "CIDEr")
-    trained = [q for record in scan([load_index(scenes / "train")]) for q in record.questions]
-    asked = [q for record in scan([load_index(scenes / "val")]) for q in record.questions]
-    by_type = fit_question_type_baseline([q["question"] for q in trained], [q["answers"] for q in trained])
-    majority = by_type.overall
-
-    def percent(answers: list[str]) -> float:
-        return 100 * sum(accuracy(a, q["answers"]) for a, q in zip(answers, asked, strict=True)) / len(asked)
-
     blind = [line for line in read_lines(out / "vqa_question_only/log.jsonl") if line["kind"] == "evaluation"][-1]
     rows = [
         ("captions: exact match, %", 100 * exact),
         ("captions: CIDEr", cider),
         ("VQA accuracy, %", score(out / "vqa", "accuracy")),
         ("  question only (the same training, grey images), %", next(iter(blind["scores"].values()))["accuracy"]),
-        (
-            "  commonest answer to the question's first words, %",
-            percent([by_type.answer(q["question"]) for q in asked]),
-        ),
-        (f"  commonest answer ({majority!r}), %", percent([majority] * len(asked))),
+        ("  commonest answer to the question's first words, %", score(out / "vqa", "baseline/by_first_words")),
+        ("  commonest answer, %", score(out / "vqa", "baseline/commonest_answer")),
     ]
-    print(f"\nOn {len(captions)} held-out scenes and {len(asked)} questions:")
+    print(f"\nOn {len(captions)} held-out scenes and {score(out / 'vqa', 'questions'):.0f} questions:")
     for name, value in rows:
         print(f"  {name:<56} {value:6.1f}")
 
@@ -247,7 +218,7 @@ def draw(out: Path, images: list[Path], captions: list[str]) -> Path:
 
     from vlm.data.index import load_index
     from vlm.data.scan import scan
-    from vlm.train.plot import loss_names, read_run
+    from vlm.train.plot import loss_names, points, read_run
 
     questions = {record.key: record.questions for record in scan([load_index(out / "scenes/val")])}
     answers = {p["question_id"]: p["answer"] for p in read(out / "vqa/evaluation/predictions.json")}
@@ -255,9 +226,7 @@ def draw(out: Path, images: list[Path], captions: list[str]) -> Path:
     for axis, name in zip(axes[0], ("pretrain", "captioning", "vqa", "vqa_question_only"), strict=True):
         train, _ = read_run(out / name)
         for loss in loss_names(train):
-            axis.plot(
-                [line["step"] for line in train], [line[loss] for line in train], label=loss.removesuffix("/loss")
-            )
+            axis.plot(*points(train, loss), marker=".", label=loss.removesuffix("/loss"))
         axis.set_title(f"{name}: loss by step")
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
@@ -282,4 +251,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit(3)
+        sys.exit(1)

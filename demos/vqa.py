@@ -5,39 +5,36 @@ import json
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
+MODEL = Path(__file__).parent / "model"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Print the answer to a question about an image.")
     parser.add_argument("image", metavar="IMG")
     parser.add_argument("question", metavar="QUESTION")
-    parser.add_argument(
-        "--model", default=str(HERE / "model"), metavar="DIR", help="checkpoint folder (default: %(default)s)"
-    )
+    parser.add_argument("--model", default=str(MODEL), metavar="DIR", help="checkpoint folder (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object: image, question, answer, confidence")
     parser.add_argument("--device", metavar="D", help="cpu or cuda (default: a GPU where there is one)")
     arguments = parser.parse_args()
+    if not arguments.question.strip():
+        parser.error("QUESTION is empty")
 
-    from vlm.errors import UserError
+    from vlm.errors import BadImage, CheckpointError, UserError
 
     try:
+        if arguments.model == str(MODEL) and not MODEL.exists():
+            raise CheckpointError(f"{MODEL} is not there; give the folder of a VQA checkpoint with --model DIR.")
         from vlm.predictor import Predictor
 
-        said = Predictor.load(arguments.model, arguments.device).answer(Path(arguments.image), arguments.question)
+        said = Predictor.load(arguments.model, arguments.device).answer(arguments.image, arguments.question)
     except UserError as error:
         print(f"vqa: {error}", file=sys.stderr)
-        if arguments.json:
-            print(json.dumps({"image": arguments.image, "error": str(error)}, ensure_ascii=False))
+        if arguments.json and isinstance(error, BadImage):
+            print(json.dumps({"image": arguments.image, "error": str(error)}))
         return error.exit_code
     if arguments.json:
-        result = {
-            "image": arguments.image,
-            "question": arguments.question,
-            "answer": said.text,
-            "confidence": round(said.confidence, 4),
-        }
-        print(json.dumps(result, ensure_ascii=False))
+        names = {"image": arguments.image, "question": arguments.question}
+        print(json.dumps({**names, "answer": said.text, "confidence": round(said.confidence, 4)}))
     else:
         print(said.text)
     return 0
@@ -46,5 +43,5 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (KeyboardInterrupt, BrokenPipeError):
+    except KeyboardInterrupt:
         sys.exit(1)

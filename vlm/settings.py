@@ -9,6 +9,7 @@ from typing import Any
 
 from vlm.config import Config
 from vlm.errors import ConfigError
+from vlm.settings_check import check
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), program: str = "vlm train") -> Config:
@@ -23,7 +24,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), program: str = 
     if overrides:
         import tyro
 
-        config = tyro.cli(Config, default=config, args=list(overrides), prog=f"{program} {path}")
+        form = (tyro.conf.FlagConversionOff,)  # every setting is --key value, those of yes or no too
+        config = tyro.cli(Config, default=config, args=list(overrides), prog=f"{program} {path}", config=form)
     check(config)
     return config
 
@@ -46,46 +48,6 @@ def config_to_yaml(config: Config) -> str:
     import yaml
 
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
-
-
-def check(config: Config) -> None:
-    """What single types cannot say.
-
-    Raises:
-        ConfigError: names the keys and how to mend them.
-    """
-    data, train = config.data, config.train
-    if data.batch_size % train.accumulate:
-        raise ConfigError(
-            f"data.batch_size={data.batch_size} is not a multiple of train.accumulate={train.accumulate}; "
-            f"use {data.batch_size // train.accumulate * train.accumulate or train.accumulate}."
-        )
-    for key, value in {
-        "data.batch_size": data.batch_size,
-        "data.streams": data.streams,
-        "data.shuffle_block": data.shuffle_block,
-        "train.epochs": train.epochs,
-        "train.accumulate": train.accumulate,
-        "train.log_every": train.log_every,
-        "generation.beams": config.generation.beams,
-        "generation.max_length": config.generation.max_length,
-    }.items():
-        if value <= 0:
-            raise ConfigError(f"{key}={value} must be above 0.")
-    text = config.model.text
-    if text.dim % text.heads:
-        raise ConfigError(f"model.text.dim={text.dim} is not a multiple of model.text.heads={text.heads}.")
-    bad = [i for i in text.cross_attention if not 0 <= i < text.layers]
-    if bad:
-        raise ConfigError(
-            f"model.text.cross_attention names layers {bad}, but there are {text.layers} (0 to {text.layers - 1})."
-        )
-    if config.task == "vqa" and "{question}" not in data.question_prompt:
-        raise ConfigError(f"data.question_prompt={data.question_prompt!r} must contain {{question}}.")
-    if not 0 <= train.averaging < 1:
-        raise ConfigError(
-            f"train.averaging={train.averaging} is the decay of an average: 0 (off) to below 1, e.g. 0.999."
-        )
 
 
 def _read_with_base(path: Path) -> dict[str, Any]:
@@ -133,11 +95,27 @@ def _refuse_unknown_keys(values: dict[str, Any], kind: Any, source: str, prefix:
     types = typing.get_type_hints(kind)
     for key, value in values.items():
         if key not in types:
-            near = difflib.get_close_matches(str(key), types, n=1, cutoff=0.5)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(types)}."
+            hint = _nearest(str(key), types, prefix) or f"known here: {', '.join(types)}."
             raise ConfigError(f"{source}: unknown setting {prefix}{key}; {hint}")
         if dataclasses.is_dataclass(types[key]) and isinstance(value, dict):
             _refuse_unknown_keys(value, types[key], source, f"{prefix}{key}.")
+
+
+def _nearest(key: str, types: dict[str, Any], prefix: str) -> str:
+    """Which setting was meant, if one is like it: of this very name anywhere, or of a similar one at this place."""
+    found = [name for name in _all_keys(Config) if name.split(".")[-1] == key.split(".")[-1]]
+    if not found:
+        found = [f"{prefix}{near}" for near in difflib.get_close_matches(key, types, n=1, cutoff=0.5)]
+    return f"did you mean {' or '.join(found)}?" if found else ""
+
+
+def _all_keys(kind: Any, prefix: str = "") -> list[str]:
+    keys = []
+    for name, inner in typing.get_type_hints(kind).items():
+        keys.append(f"{prefix}{name}")
+        if dataclasses.is_dataclass(inner):
+            keys += _all_keys(inner, f"{prefix}{name}.")
+    return keys
 
 
 def _plain(value: Any) -> Any:

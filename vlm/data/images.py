@@ -23,9 +23,12 @@ _FORMATS = "expected JPEG, PNG, WebP or another format that Pillow reads"
 
 
 def decode_image(
-    source: bytes | str | Path, max_pixels: int = MAX_PIXELS, name: str | None = None, at_least: int | None = None
+    source: bytes | str | Path | Image.Image,
+    max_pixels: int = MAX_PIXELS,
+    name: str | None = None,
+    at_least: int | None = None,
 ) -> Image.Image:
-    """Decode a file or its bytes to RGB, in full and turned as its EXIF orientation says; the first frame of an animation.
+    """Decode a file, its bytes or what Pillow opened to RGB, in full and turned as its EXIF orientation says; the first frame of an animation.
 
     Transparency is dropped and not composed on a background, as `convert("RGB")` and therefore BLIP's processing have it. Greyscale of 16 and
     32 bits is scaled to 8 bits by its range, where Pillow would clip it.
@@ -35,14 +38,17 @@ def decode_image(
 
     Raises BadImage with one line when the image is missing, empty, truncated, no image, or has more than `max_pixels` pixels.
     """
-    name = name or ("image" if isinstance(source, bytes) else str(source))
-    data = source if isinstance(source, bytes) else _read(Path(source), name)
+    name = name or (str(source) if isinstance(source, str | Path) else "image")
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"
         )  # Pillow's, on size, odd EXIF blocks and palettes: what matters here is an error
-        image = _open(data, name, max_pixels)
+        image = source if isinstance(source, Image.Image) else _open(source, name)
         width, height = image.size
+        if width * height > max_pixels:
+            raise BadImage(
+                f"{name}: too large, {width}x{height} pixels, at most {max_pixels:,} are read; reduce the image."
+            )
         try:
             if at_least is not None:
                 image.draft(None, (at_least, at_least))
@@ -65,24 +71,21 @@ def _read(path: Path, name: str) -> bytes:
         raise BadImage(f"{name}: a folder; expected the path of an image.") from error
     except OSError as error:
         raise BadImage(f"{name}: cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:  # a zero byte, as in the output of `find -print0`
+        raise BadImage(f"{name!r}: no file can have this name ({error}); expected the path of an image.") from error
 
 
-def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
+def _open(source: bytes | str | Path, name: str) -> Image.Image:
     """Read the header only, so that a decompression bomb is refused before it takes memory."""
+    data = source if isinstance(source, bytes) else _read(Path(source), name)
     if not data:
         raise BadImage(f"{name}: empty (0 bytes); {_FORMATS}.")
     try:
-        image = Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
         raise BadImage(f"{name}: too large, more than {MAX_PIXELS:,} pixels; reduce the image.") from error
     except Exception as error:
         raise BadImage(f"{name}: not an image (the first bytes are {_show(data)}); {_FORMATS}.") from error
-    width, height = image.size
-    if width * height > max_pixels:
-        raise BadImage(
-            f"{name}: too large, {width}x{height} pixels, at most {max_pixels:,} are read; reduce the image."
-        )
-    return image
 
 
 def _show(data: bytes) -> str:

@@ -9,10 +9,10 @@ from vlm.train.report import read_json_lines
 
 
 def plot_runs(runs: Sequence[Path], out: Path | None = None) -> Path:
-    """Draws a PNG of one or several runs (folders with a log.jsonl); its path.
+    """Draws a picture of one or several runs (folders with a log.jsonl); its path. out: a file or a folder; by default the first run's.
 
     Raises:
-        UserError: a run has no log, or matplotlib is not installed.
+        UserError: a run has no log, matplotlib is not installed, or the picture cannot be written.
     """
     try:
         import matplotlib
@@ -21,28 +21,41 @@ def plot_runs(runs: Sequence[Path], out: Path | None = None) -> Path:
         from matplotlib import pyplot
     except ImportError:
         raise UserError("drawing needs matplotlib: pip install 'vlm-fusion[demo]'.") from None
-    out = out or runs[0] / "curves.png"
+    out = out or runs[0]
+    if out.is_dir():
+        out = out / "curves.png"
+    elif not out.suffix:
+        out = out.with_name(f"{out.name}.png")  # as matplotlib would do it unseen
+    logs = {title: read_run(run) for title, run in zip(titles(runs), runs, strict=True)}
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-    for run in runs:
-        train, evaluations = read_run(run)
-        steps = [line["step"] for line in train]
+    for title, (train, evaluations) in logs.items():
         for name in loss_names(train):
-            axes[0].plot(
-                steps, [line[name] for line in train], label=f"{run.name} {name.removesuffix('/loss')}", linewidth=1.2
-            )
-        axes[1].plot(steps, [line["lr"] for line in train], label=run.name)
-        for name, points in score_curves(evaluations).items():
-            axes[2].plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"{run.name} {name}")
+            axes[0].plot(*points(train, name), label=f"{title} {name.removesuffix('/loss')}", linewidth=1.2)
+        axes[1].plot(*points(train, "lr"), label=title)
+        for name, curve in score_curves(evaluations).items():
+            axes[2].plot(*zip(*curve, strict=True), marker="o", markersize=3, label=f"{title} {name}")
     for axis, title in zip(axes, ("loss", "learning rate", "scores while training"), strict=True):
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         if axis.has_data():
             axis.legend(fontsize=7)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
-    pyplot.close(figure)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=110)
+    except (OSError, ValueError) as error:  # ValueError: a format that matplotlib does not know
+        raise UserError(
+            f"{out}: the picture cannot be written ({error}); give --out NAME.png in a folder that you may write."
+        ) from None
+    finally:
+        pyplot.close(figure)
     return out
+
+
+def titles(runs: Sequence[Path]) -> list[str]:
+    """The runs' names in the legend: their folders' names, or the whole paths where these are the same."""
+    names = [run.resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run) for run in runs]
 
 
 def read_run(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -62,6 +75,12 @@ def loss_names(train: Sequence[dict[str, Any]]) -> list[str]:
     """The single losses, or the total where there is one only."""
     names = [name for name in train[0] if name.endswith("/loss")]
     return names if len(names) > 1 else ["loss"]
+
+
+def points(train: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a figure, where it was logged."""
+    lines = [line for line in train if name in line]
+    return [line["step"] for line in lines], [line[name] for line in lines]
 
 
 def score_curves(evaluations: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:

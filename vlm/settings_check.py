@@ -1,0 +1,122 @@
+"""What the types of single settings cannot say: ranges, and settings that must fit each other."""
+
+import math
+from typing import Any
+
+from vlm.config import Config
+from vlm.errors import ConfigError
+
+ABOVE_0 = (
+    *("data.batch_size", "data.streams", "data.shuffle_block", "data.max_answer_tokens", "tokenizer.vocab_size"),
+    *("model.embed_dim", "model.temperature", "model.decoder_layers"),
+    *(
+        "model.text.dim",
+        "model.text.heads",
+        "model.text.layers",
+        "model.text.feed_forward_dim",
+        "model.text.max_positions",
+    ),
+    *("optimizer.lr", "optimizer.step_factor"),
+    *("train.epochs", "train.accumulate", "train.log_every", "train.evaluate_images", "train.save_every"),
+    *("generation.beams", "generation.max_length", "generation.repetition_penalty"),
+)
+FROM_0 = (
+    *("data.workers", "optimizer.weight_decay", "optimizer.warmup_steps", "optimizer.min_lr_factor", "optimizer.clip"),
+    *("train.evaluate_every", "generation.min_length", "generation.no_repeat_ngram"),
+    *("objectives.contrastive", "objectives.matching", "objectives.masked_language", "objectives.captioning"),
+)
+SHARES = (
+    *("model.text.dropout", "model.text.attention_dropout", "model.image.drop_path", "objectives.label_smoothing"),
+    *("train.averaging", "optimizer.betas.0", "optimizer.betas.1"),
+)
+
+
+def check(config: Config) -> None:
+    """Refuses what could only fail later.
+
+    Raises:
+        ConfigError: names the keys, what they are, and how to mend them.
+    """
+    _check_ranges(config)
+    data, train, text = config.data, config.train, config.model.text
+    if data.batch_size % train.accumulate:
+        nearest = data.batch_size // train.accumulate * train.accumulate or train.accumulate
+        raise ConfigError(
+            f"data.batch_size={data.batch_size} is not a multiple of train.accumulate={train.accumulate}; use {nearest}."
+        )
+    if text.dim % text.heads:
+        raise ConfigError(
+            f"model.text.dim={text.dim} is not a multiple of model.text.heads={text.heads}; "
+            f"use {text.dim // text.heads * text.heads or text.heads}."
+        )
+    bad = [i for i in text.cross_attention if not 0 <= i < text.layers]
+    if bad:
+        raise ConfigError(
+            f"model.text.cross_attention names layers {bad}, but model.text.layers={text.layers}; use some of 0 to {text.layers - 1}."
+        )
+    if config.model.fusion == "late" and not text.cross_attention:
+        raise ConfigError(
+            "model.fusion=late needs layers with cross-attention; name the last ones in model.text.cross_attention."
+        )
+    if config.task == "vqa" and "{question}" not in data.question_prompt:
+        raise ConfigError(f"data.question_prompt={data.question_prompt!r} must contain {{question}}.")
+    if config.init_from is None:  # else the model is the checkpoint's, and the caller checks once more
+        check_lengths(config)
+
+
+def check_lengths(config: Config) -> None:
+    """Refuses texts that are longer than the model has positions for.
+
+    Raises:
+        ConfigError: names the keys and how to mend them.
+    """
+    data, positions = config.data, config.model.text.max_positions
+    longest, keys = data.max_tokens, f"data.max_tokens={data.max_tokens}"
+    if config.task == "vqa" and config.vqa.form == "prompted":
+        longest += data.max_answer_tokens - 1  # the question and its answer in one text, [CLS] once
+        keys += f" and data.max_answer_tokens={data.max_answer_tokens}"
+    longest = -(-longest // 8) * 8
+    if longest > positions:
+        raise ConfigError(
+            f"{keys} make texts of up to {longest} tokens (a multiple of 8), more than model.text.max_positions={positions}; "
+            f"{'lower them' if config.init_from else f'use model.text.max_positions={longest}'}."
+        )
+    if config.task == "captioning" and config.generation.max_length >= positions:
+        raise ConfigError(
+            f"generation.max_length={config.generation.max_length} and the first token need more positions than "
+            f"model.text.max_positions={positions}; use at most {positions - 1}."
+        )
+
+
+def _check_ranges(config: Config) -> None:
+    for key in ABOVE_0:
+        if not 0 < (value := _value(config, key)) < math.inf:
+            raise ConfigError(f"{key}={value}; expected a number above 0.")
+    for key in FROM_0:
+        if not 0 <= (value := _value(config, key)) < math.inf:
+            raise ConfigError(f"{key}={value}; expected 0 or more.")
+    for key in SHARES:
+        if not 0 <= (value := _value(config, key)) < 1:
+            raise ConfigError(f"{key}={value}; expected 0 (off) to below 1.")
+    for key in ("objectives.masking_probability", "data.max_bad_fraction"):
+        if not 0 <= (value := _value(config, key)) <= 1:
+            raise ConfigError(f"{key}={value}; expected a share from 0 to 1.")
+    data, size = config.data, config.model.image.image_size
+    if data.max_tokens < 3:
+        raise ConfigError(f"data.max_tokens={data.max_tokens}; expected at least 3: a word between [CLS] and [SEP].")
+    if size is not None and size <= 0:
+        raise ConfigError(f"model.image.image_size={size}; expected pixels, or null for timm's size.")
+    if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
+        raise ConfigError(f"data.crop_scale={list(data.crop_scale)}; expected two shares of the area, e.g. [0.5, 1.0].")
+    if data.randaugment is not None and not (data.randaugment[0] >= 0 and 0 <= data.randaugment[1] <= 10):
+        raise ConfigError(
+            f"data.randaugment={list(data.randaugment)}; expected a number of operations and a magnitude up to 10, e.g. [2, 5]."
+        )
+
+
+def _value(config: Config, key: str) -> Any:
+    """The number at a dotted key; a digit is a place in a tuple."""
+    value: Any = config
+    for name in key.split("."):
+        value = value[int(name)] if name.isdigit() else getattr(value, name)
+    return value
