@@ -81,13 +81,15 @@ def _from_checkpoint(config: Config, folder: str) -> Parts:
         checkpointing=ours.image.checkpointing,
         drop_path=ours.image.drop_path,
     )
+    # The checkpoint's decoder stays unless another one is asked for: `shared` is also what a config says that does not speak of it.
+    decoder = ours if ours.decoder == "separate" else saved
     merged = replace(
         saved,
         image=image,
         text=replace(saved.text, dropout=ours.text.dropout, attention_dropout=ours.text.attention_dropout),
-        decoder=ours.decoder,
-        decoder_layers=ours.decoder_layers,
-        decoder_reads=ours.decoder_reads,
+        decoder=decoder.decoder,
+        decoder_layers=decoder.decoder_layers,
+        decoder_reads=decoder.decoder_reads,
     )
     model = VisionLanguageModel(merged, load=False)
     report = load_by_name(model, read_weights(Path(folder)))
@@ -225,6 +227,11 @@ def build_task(config: Config, parts: Parts, answers: Sequence[str] = ()) -> Tas
     Raises:
         ConfigError: its parts do not fit together.
     """
+    captions = config.task == "captioning" or (config.task == "pretraining" and config.objectives.captioning > 0)
+    if captions and parts.model.decoder is not None and parts.model.config.decoder_reads == "question":
+        raise ConfigError(
+            "captions need a decoder that reads the image; set model.decoder=separate and model.decoder_reads=image."
+        )
     task = TASKS[config.task](config, parts, answers)
     task.blank_images = config.data.blank_images
     return task

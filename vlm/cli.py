@@ -1,7 +1,11 @@
-"""The command `vlm`: thin, no logic. Exit status: 0 done; 1 something stopped the work; 2 unusable arguments or config; 3 stopped on request, state saved."""
+"""The command `vlm`: thin, no logic.
+
+Exit status: 0 done; 1 something stopped the work; 2 unusable arguments or config; 3 stopped on request with the state saved.
+"""
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vlm: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
     except KeyboardInterrupt:
-        print("vlm: stopped", file=sys.stderr)  # noqa: T201
-        return 3
+        print("vlm: stopped at once, nothing more was saved", file=sys.stderr)  # noqa: T201
+        return 1
     except BrokenPipeError:
+        return 1
+    except OSError as error:  # a full disk, a path that is a folder, no permission
+        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        print(f"vlm: {what}", file=sys.stderr)  # noqa: T201
         return 1
 
 
@@ -94,7 +102,7 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from vlm.settings import load_config
 
     if arguments.config is None:
-        print(  # noqa: T201
+        print(
             "usage: vlm train CONFIG [--key value ...] [--resume auto] [--dry-run]\n\n"
             "Trains from a YAML config. `vlm train CONFIG --help` lists every setting with its meaning and present value; any can be overridden:\n"
             "  vlm train configs/pretrain/tiny.yaml --optimizer.lr 1e-3 --out runs/mine",
@@ -111,7 +119,8 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     try:
         train(config, resume=arguments.resume == "auto")
     except StoppedOnRequest:
-        print(f"vlm: stopped on request; go on with: vlm train {arguments.config} --resume auto", file=sys.stderr)  # noqa: T201
+        command = shlex.join(["vlm", "train", arguments.config, *overrides, "--resume", "auto"])
+        print(f"vlm: stopped on request, the state is saved; go on with: {command}", file=sys.stderr)  # noqa: T201
         return 3
     return 0
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -31,13 +30,14 @@ from vlm.data.index import ShardSet
 from vlm.data.loader import Loader
 from vlm.data.scan import scan
 from vlm.data.text import Tokenizer
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, UserError
 from vlm.model.pretrained import load_pretrained, restore_folder
 from vlm.settings import config_to_yaml
+from vlm.settings_check import check_lengths
 from vlm.tasks.task import Record, Task
 from vlm.train import distributed
 from vlm.train.distributed import Ranks
-from vlm.train.report import number, say
+from vlm.train.report import number, replace_text, say
 from vlm.train.state import load_state
 from vlm.train.trainer import Trainer
 
@@ -50,27 +50,31 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     Raises:
         UserError: what the user can mend. StoppedOnRequest: a signal asked for it, the state is saved.
     """
-    if config.train.deterministic:
-        torch.use_deterministic_algorithms(True)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(config.train.deterministic or before)
     ranks = distributed.start()
     try:
         return _train(config, ranks, resume)
     finally:
         distributed.stop()
+        torch.use_deterministic_algorithms(before)
 
 
 def _train(config: Config, ranks: Ranks, resume: bool) -> dict[str, Any]:
     out = Path(config.out)
     latest = out / "latest"
-    restore_folder(latest)
+    if ranks.main:
+        restore_folder(latest)
+    ranks.barrier()
     resuming = resume and latest.is_dir()
-    if not resuming and (out / "log.jsonl").exists():
+    if not resume and (latest.is_dir() or (out / "log.jsonl").exists()):
         raise ConfigError(
             f"out={out} holds a run already; add --resume auto to go on with it, choose another --out, or remove it."
         )
     sets = load_sets(config.data.splits.train, "data.splits.train")
     held_out = [load_sets([folder], "data.splits.val")[0] for folder in config.data.splits.val]
     parts = build_parts(config, sets)
+    check_lengths(parts.config)
     trained_on = training_images(sets, config.init_from)
     for shards in held_out:
         check_held_out(trained_on, shards, config.data.allow_overlap)
@@ -95,8 +99,7 @@ def _train(config: Config, ranks: Ranks, resume: bool) -> dict[str, Any]:
     if resuming:
         trainer.load_state(load_state(latest))
     if ranks.main:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.yaml").write_text(config_to_yaml(config))
+        replace_text(out / "config.yaml", config_to_yaml(config))
         _introduce(parts, loader, trainer, ranks)
     if trainer.step >= trainer.total_steps:
         say(f"{out} is finished: {trainer.step} of {trainer.total_steps} steps are done.")
@@ -126,7 +129,7 @@ def evaluate_loader(
 ) -> tuple[dict[str, float], list[Record]]:
     """Scores and records of one set, or of about its first `images` images; each record counted once over all ranks."""
     records: list[Record] = []
-    steps, seen = loader.steps, 0
+    steps = loader.steps
     if images is not None:
         steps = min(steps, -(-images // loader.batch_size))
     pause = 0.1 if sys.stderr.isatty() else 20.0  # a log file wants few lines
@@ -135,12 +138,11 @@ def evaluate_loader(
             if index == steps:
                 break
             records += task.predict(batch.to(ranks.device))
-            seen += len(batch)
             bar.update()
     records = ranks.gather(records)
     scores = task.evaluate(records)
-    if loader.bad:
-        scores["left_out"] = float(sum(loader.bad.values()))
+    if left_out := sum(ranks.gather([loader.bad.total()])):
+        scores["left_out"] = float(left_out)
     if ranks.main:
         say(f"{title}: " + ", ".join(f"{name} {number(value)}" for name, value in scores.items()))
     return scores, records
@@ -172,7 +174,6 @@ def evaluate(config: Config, checkpoint: Path, split: str, out: Path) -> dict[st
                 scores[name] |= _counting_baselines(config, records, name)
             predictions += task.official(records)
         if ranks.main:
-            out.mkdir(parents=True, exist_ok=True)
             write_json(out / "predictions.json", predictions)
             write_json(
                 out / "results.json",
@@ -189,14 +190,12 @@ def _counting_baselines(config: Config, records: Sequence[Record], name: str) ->
     from vlm.metrics.baselines import fit_question_type_baseline
     from vlm.metrics.vqa import accuracy
 
-    if not config.data.splits.train:
+    try:
+        sets = load_sets(config.data.splits.train, "data.splits.train")
+    except UserError as error:  # a model may be scored where its training data are not
+        say(f"no baselines by counting training answers: {error}")
         return {}
-    trained = [
-        q
-        for record in scan(load_sets(config.data.splits.train, "data.splits.train"))
-        for q in record.questions
-        if q.get("answers")
-    ]
+    trained = [q for record in scan(sets) for q in record.questions if q.get("answers")]
     by_type = fit_question_type_baseline([q["question"] for q in trained], [q["answers"] for q in trained])
     guesses = {
         "baseline/commonest_answer": lambda _: by_type.overall,
@@ -233,12 +232,7 @@ def provenance(config: Config) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        new.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
+    replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def _named(sets: Sequence[ShardSet]) -> dict[str, ShardSet]:
@@ -260,8 +254,20 @@ def _answer_list(config: Config, sets: Sequence[ShardSet]) -> list[str]:
 def dry_run(config: Config) -> None:
     """Shows what `train` would do: settings, parameters by part, the first batch, and the time of one step; writes nothing."""
     ranks = distributed.start()
+    try:
+        _dry_run(config, ranks)
+    finally:
+        distributed.stop()
+
+
+def _dry_run(config: Config, ranks: Ranks) -> None:
     sets = load_sets(config.data.splits.train, "data.splits.train")
+    held_out = [load_sets([folder], "data.splits.val")[0] for folder in config.data.splits.val]
     parts = build_parts(config, sets)
+    check_lengths(parts.config)
+    trained_on = training_images(sets, config.init_from)
+    for shards in held_out:
+        check_held_out(trained_on, shards, config.data.allow_overlap)
     task = build_task(parts.config, parts, _answer_list(config, sets))
     loader = training_loader(config, parts, sets, ranks)
 
@@ -280,4 +286,3 @@ def dry_run(config: Config) -> None:
         )
     for line in trainer.try_step([batch] * config.train.accumulate):
         say(line)
-    distributed.stop()

@@ -7,6 +7,7 @@ only: nothing is unpickled.
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,7 @@ def replacing_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         yield new
+        _flush(new)
         if target.exists():
             target.rename(old)
         new.rename(target)
@@ -59,14 +61,25 @@ def replacing_folder(target: Path) -> Iterator[Path]:
         restore_folder(target)
 
 
+def _flush(folder: Path) -> None:
+    """Waits until all files are on the disk: some file systems tell only now that they are full, and a power cut must not find names without data."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+
+
 def restore_folder(target: Path) -> None:
     """Undoes a replacement that was cut between its two renames."""
     old = target.with_name(f".{target.name}.old")
-    if old.exists():
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.rename(target)
+    if not old.exists():
+        return
+    if not target.exists():
+        time.sleep(0.2)  # another process may be saving at this moment, and is between its renames for less than that
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.rename(target)
 
 
 def save_pretrained(
@@ -113,7 +126,7 @@ def load_metadata(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: {CONFIG} is missing; it is no checkpoint folder, or was copied in part.{_hint(folder)}"
         ) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(
             f"{folder / CONFIG}: not readable as JSON ({error}); copy the checkpoint again."
         ) from None
@@ -132,10 +145,15 @@ def model_config(metadata: dict[str, Any], source: str = CONFIG) -> ModelConfig:
         text_values = values.pop("text")
         text = TextConfig(**{**text_values, "cross_attention": tuple(text_values["cross_attention"])})
         return ModelConfig(image=image, text=text, **values)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{source}: model settings do not fit this version ({error}); update the library or the checkpoint."
-        ) from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise _unfit(source, error) from None
+
+
+def _unfit(source: str, error: Exception) -> CheckpointError:
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return CheckpointError(
+        f"{source}: model settings do not fit this version ({reason}); copy the checkpoint again, or update the library."
+    )
 
 
 def load_pretrained(
@@ -148,7 +166,13 @@ def load_pretrained(
     """
     folder = Path(folder)
     metadata = load_metadata(folder)
-    model = VisionLanguageModel(change(model_config(metadata, str(folder / CONFIG))), load=False)
+    config = change(model_config(metadata, str(folder / CONFIG)))
+    try:
+        model = VisionLanguageModel(config, load=False)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged value can show itself anywhere
+        raise _unfit(str(folder / CONFIG), error) from None
     load_state(model, read_weights(folder), str(folder))
     return model.eval(), metadata
 
@@ -186,10 +210,13 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     if (folder / INDEX).exists():
         try:
             names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise CheckpointError(f"{folder / INDEX}: not readable; copy the checkpoint again.") from None
-        if any(os.path.basename(name) != name for name in names):
-            raise CheckpointError(f"{folder / INDEX}: names files outside the folder; it cannot be trusted.")
+        for name in names:
+            if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors"):
+                raise CheckpointError(
+                    f"{folder / INDEX}: names {name!r}, which is no .safetensors file inside the folder; it cannot be trusted."
+                )
     else:
         names = [WEIGHTS]
     state: dict[str, Tensor] = {}
@@ -206,15 +233,26 @@ def _read_file(folder: Path, name: str) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
-        start = path.read_bytes()[:2]
-        kind = (
-            "a pickle, which is never loaded"
-            if start in (b"PK", b"\x80\x02", b"\x80\x04")
-            else f"cut short or damaged ({error})"
-        )
+        if not path.is_file():
+            raise CheckpointError(f"{path}: not a file; expected weights as safetensors.") from None
+        size = f"{path.stat().st_size:,} bytes"
+        if _is_pickle(path):
+            raise CheckpointError(
+                f"{path}: a pickle ({size}), which is never loaded, as it may run any program; expected safetensors."
+            ) from None
         raise CheckpointError(
-            f"{path}: not a whole safetensors file ({path.stat().st_size:,} bytes): {kind}; copy it again."
+            f"{path}: not a whole safetensors file ({size}): cut short or damaged ({error}); copy it again."
         ) from None
+
+
+def _is_pickle(path: Path) -> bool:
+    """By the first bytes: torch's archives are zip files, older ones and plain pickles begin with the number of their protocol."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(2)
+    except OSError:
+        return False
+    return start == b"PK" or (start[:1] == b"\x80" and start[1:] <= b"\x05")
 
 
 def _hint(folder: Path) -> str:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm.config import ModelConfig, TextConfig
+from vlm.errors import ConfigError
 from vlm.model.attention import CrossMemory, CrossMemoryProjection, initialise
 from vlm.model.image_encoder import ImageEncoder
 from vlm.model.text_cache import TextCache
@@ -65,6 +66,8 @@ class VisionLanguageModel(nn.Module):
         super().__init__()
         self.config = config
         text = config.text
+        if config.fusion == "late" and not text.cross_attention:
+            raise ConfigError("model.text.cross_attention is empty; late fusion needs the layers that read the image.")
         self.image_encoder = ImageEncoder(config.image, load)
         self.text = TextTransformer(text)
         self.fusion_memory = CrossMemoryProjection(

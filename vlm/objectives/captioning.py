@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlm.data.batch import Batch
 from vlm.model.vision_language import VisionLanguageModel
-from vlm.objectives.objective import Features, Loss, Pass, exact, nothing
+from vlm.objectives.objective import Features, Loss, Pass, exact
 
 
 class Captioning:
@@ -70,5 +70,5 @@ def sequence_loss(
     logits = exact(model.language_logits(states[:, :-1][wanted]))
     losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
     weights = weight[:, None].expand_as(wanted)[wanted]
-    total = (losses * weights).sum() + nothing(states)
+    total = (losses * weights).sum()
     return total, (logits.argmax(1) == labels).sum(), wanted.sum()

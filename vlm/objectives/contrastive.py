@@ -62,11 +62,11 @@ def contrastive_rows(
     """
     with torch.autocast(queries.device.type, enabled=False):
         logits = queries @ keys.T / temperature
-        # Finite, so that a batch without any valid column has a gradient (0), not NaN.
-        logits = logits.masked_fill(~key_valid, torch.finfo(logits.dtype).min)
+        logits = logits.masked_fill(~key_valid, float("-inf"))
         log_probability = torch.log_softmax(logits, dim=1)
     positive = (ids[:, None] == key_ids[None, :]) & key_valid
     share = positive / positive.sum(1, keepdim=True).clamp(min=1)
+    # A column of probability 0 is never a positive's with weight: 0 * -inf must not reach the sum.
     loss = -(share * log_probability.masked_fill(~positive, 0.0)).sum(1)
     right = positive.gather(1, logits.argmax(1, keepdim=True)).squeeze(1)
     return _Rows(loss, right)

@@ -2,8 +2,8 @@
 
 Letters: B images, T texts (one for each image in training), L tokens, D width.
 
-The family's notorious crash, `multinomial: sum of probabilities <= 0`, cannot happen here: negatives are drawn in fp32 over the eligible columns only,
-by the largest of the logits with Gumbel noise, and a row without any points at itself with weight 0. Nothing waits for the device.
+The family's notorious crash, `multinomial: sum of probabilities <= 0`, cannot happen here: negatives are drawn in fp32 over the eligible columns
+only, by the largest of the logits with Gumbel noise, and a row without any points at itself with weight 0. Nothing waits for the device.
 """
 
 from collections.abc import Sequence
@@ -74,7 +74,8 @@ def sample_negatives(similarity: Tensor, eligible: Tensor) -> Tensor:
     """
     own = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
     allowed = torch.where(eligible.any(1, keepdim=True), eligible, own)
-    logits = similarity.float().nan_to_num().masked_fill(~allowed, float("-inf"))
+    logits = similarity.float().nan_to_num()
     # The largest of logits plus Gumbel noise has the softmax's distribution (Gumbel 1954). torch.multinomial would check its input: older versions
     # wait for the device to do so, newer ones abort the process on a GPU.
-    return (logits - torch.empty_like(logits).exponential_().log()).argmax(1)
+    noisy = logits - torch.empty_like(logits).exponential_().log()
+    return noisy.masked_fill(~allowed, float("-inf")).argmax(1)

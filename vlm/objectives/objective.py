@@ -64,11 +64,6 @@ class Objective(Protocol):
         ...
 
 
-def nothing(*touched: Tensor) -> Tensor:
-    """A zero that still depends on `touched`, so that every rank's backward pass reaches the same parameters."""
-    return torch.stack([exact(t).sum() * 0.0 for t in touched]).sum()
-
-
 def exact(tensor: Tensor) -> Tensor:
     """In fp32, or fp64 where the model computes in it: what a softmax and its sum are taken of."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -2,12 +2,12 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlm.data.batch import Batch
-from vlm.objectives.objective import Loss
 from vlm.train.distributed import Ranks
 
 
@@ -19,8 +19,8 @@ class Meter:
         self.sums: dict[str, Tensor] = {}
         self.filled: Counter[str] = Counter()
 
-    def add(self, losses: Mapping[str, Loss], batch: Batch) -> None:
-        """A micro-batch."""
+    def add(self, losses: Mapping[str, Any], batch: Batch) -> None:
+        """A micro-batch and what the task gave for it: by name a `Loss` (sum, count, scalars)."""
         for name, loss in losses.items():
             self._add(f"{name}/loss", loss.sum, loss.count)
             for scalar, (total, count) in loss.scalars.items():

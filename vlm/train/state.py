@@ -47,8 +47,13 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
     return state
 
 
-def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Puts the generators back."""
+def restore_random_state(states: list[dict[str, torch.Tensor]], rank: int, world: int, device: torch.device) -> None:
+    """Puts this rank's generators back. states: of all ranks. With another number of ranks no state is this rank's, and it keeps its fresh seed."""
+    if isinstance(states, dict):  # as saved before 22 November
+        states = [states]
+    if len(states) != world:
+        return
+    state = states[rank]
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,11 +1,10 @@
 """The training loop: step, log, evaluate, save, stop and go on. It sees a task through its methods only."""
 
-import signal
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -19,8 +18,10 @@ from vlm.tasks.task import Task
 from vlm.train import state as saved_state
 from vlm.train.averaging import Averaging
 from vlm.train.distributed import Ranks
+from vlm.train.meter import Meter
 from vlm.train.optimizer import build_optimizer, schedule
 from vlm.train.report import Clock, JsonLines, duration, number, say
+from vlm.train.stopping import StopRequest
 
 
 class TrainingLoader(Protocol):
@@ -43,8 +44,8 @@ class StoppedOnRequest(Exception):
 class Trainer:
     """Trains `task` as `config` says.
 
-    evaluate: scores of the validation splits, with the value that selects the best checkpoint. save: writes a checkpoint folder, the training state in it
-    unless it is None. Both are given by the caller, who knows about tokenizers and files.
+    evaluate: scores of the validation splits, with the value that selects the best checkpoint. save: writes a checkpoint folder, the training state
+    in it unless it is None. Both are given by the caller, who knows about tokenizers and files.
     """
 
     def __init__(
@@ -76,9 +77,11 @@ class Trainer:
                 task, device_ids=devices, broadcast_buffers=False, find_unused_parameters=True
             )
         self.step = 0
+        self.evaluated = 0  # the step of the last evaluation
+        self.broken = torch.zeros((), device=ranks.device)  # the first step whose gradient was not finite; 0: none
         self.best: float | None = None
         self.scores: dict[str, Any] = {}
-        self.stop_requested = False
+        self.stop = StopRequest()
         self.log: JsonLines | None = None
 
     def fit(self) -> dict[str, Any]:
@@ -91,21 +94,9 @@ class Trainer:
         out = Path(self.config.out)
         if self.ranks.main:
             self.log = JsonLines(out / "log.jsonl", last_step=self.step if self.step else None)
-        previous = {
-            number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        }
-        try:
+        with self.stop:
             self._loop()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
         return self.scores
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.stop_requested:
-            raise KeyboardInterrupt
-        self.stop_requested = True
-        say(f"{signal.Signals(number).name}: saving after this step (again: stop at once).")
 
     def _loop(self) -> None:
         train = self.config.train
@@ -114,23 +105,26 @@ class Trainer:
         meter = Meter(self.task.weights)
         self.task.train()
         batches = self._batches()
+        if self.step and self.step % every == 0 and self.evaluated != self.step:
+            self.evaluate()  # a request to stop came before it
         while self.step < self.total_steps:
             micro, waited = self._next(batches)
             norm = self._step(micro, meter)
             self.step += 1
             clock.step(self.config.data.batch_size, waited)
             last = self.step == self.total_steps
+            due = last or self.step % every == 0
             if self.step % train.log_every == 0 or last:
                 self._report(meter, clock, norm)
-            if self.step % every == 0 or last:
+            stopping = self.ranks.any(self.stop.made) and not last
+            if due and not stopping:
                 self.evaluate()
-            stopping = self.ranks.any(self.stop_requested)
-            if stopping or last or self.step % train.save_every == 0 or self.step % every == 0:
+                stopping = self.ranks.any(self.stop.made) and not last
+            if stopping or due or self.step % train.save_every == 0:
                 self.save("latest", with_state=True)
-            if stopping and not last:
-                raise StoppedOnRequest
-            if self.step % every == 0 or self.step % train.save_every == 0:
                 clock.restart()
+            if stopping:
+                raise StoppedOnRequest
 
     def _batches(self) -> Iterator[Batch]:
         """All batches to the end of training, epoch after epoch, from the present step on."""
@@ -150,7 +144,7 @@ class Trainer:
         waited = time.perf_counter() - start
         return [batch.to(self.ranks.device) for batch in micro], waited
 
-    def _step(self, micro: list[Batch], meter: "Meter") -> Tensor:
+    def _step(self, micro: list[Batch], meter: Meter) -> Tensor:
         """One optimizer step over micro-batches; the gradient norm."""
         factor = self.factor(self.step)
         for group in self.optimizer.param_groups:
@@ -176,6 +170,7 @@ class Trainer:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         clip = self.config.optimizer.clip
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else float("inf"))
+        self.broken = torch.where((self.broken == 0) & ~norm.isfinite(), self.step + 1, self.broken)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.task.after_step()
@@ -191,14 +186,21 @@ class Trainer:
         """bf16 autocast, or nothing, on this device."""
         return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
 
-    def _report(self, meter: "Meter", clock: Clock, norm: Tensor) -> None:
-        values = meter.take(self.ranks)
-        values["gradient_norm"] = float(norm)
-        if not all(torch.isfinite(torch.tensor(v)) for v in (values["loss"], values["gradient_norm"])):
+    def _refuse_broken(self, loss: float = 0.0) -> None:
+        """Before anything is written: weights after a step that was not finite are worth nothing. Read now and then, as it waits for the device."""
+        step = int(self.broken) or (0 if math.isfinite(loss) else self.step)
+        if step:
+            latest = Path(self.config.out) / "latest"
+            kept = f"{latest} holds the last good state" if latest.exists() else "nothing was saved before"
             raise UserError(
-                f"step {self.step}: the loss is {values['loss']} and the gradient norm {values['gradient_norm']}; `latest` holds the last good state. "
-                "Try a lower optimizer.lr, a longer optimizer.warmup_steps or train.precision fp32."
+                f"step {step}: the loss or its gradient is not a finite number, {kept}. "
+                "Try a lower optimizer.lr, a longer optimizer.warmup_steps, or train.precision fp32."
             )
+
+    def _report(self, meter: Meter, clock: Clock, norm: Tensor) -> None:
+        values = meter.take(self.ranks)
+        self._refuse_broken(values["loss"])
+        values["gradient_norm"] = float(norm)
         values |= clock.interval()
         values["lr"] = self.config.optimizer.lr * self.factor(self.step - 1)
         values["temperature"] = float(self.task.model.temperature.detach())
@@ -231,11 +233,12 @@ class Trainer:
         """Scores of the validation splits; a new best is saved."""
         if self._evaluate is None:
             return
+        self._refuse_broken()
         with self.averaging.applied(self.task), self.autocast():
             self.task.eval()
             scores, value = self._evaluate(self.task)
         self.task.train()
-        self.scores = scores
+        self.scores, self.evaluated = scores, self.step
         improved = self.best is None or value > self.best
         if self.log is not None:
             self.log.write(kind="evaluation", step=self.step, scores=scores, selects=value, best=improved)
@@ -244,24 +247,35 @@ class Trainer:
             self.save("best", with_state=False)
 
     def save(self, name: str, with_state: bool) -> None:
-        """Writes the checkpoint folder `name` of the run."""
+        """Writes the checkpoint folder `name` of the run; every rank must ask.
+
+        Raises:
+            UserError: it cannot be written (what was there stays), or the weights are not finite.
+        """
+        self._refuse_broken()
+        state = self.state() if with_state else None
+        failure: UserError | None = None
         if self.ranks.main:
-            state = self.state() if with_state else None
-            self._save(name, self.averaging.best(self.task.model), self.scores, state)
-        self.ranks.barrier()
+            try:
+                self._save(name, self.averaging.best(self.task.model), self.scores, state)
+            except UserError as error:
+                failure = error
+        if self.ranks.any(failure is not None):
+            raise failure or UserError(f"{name} could not be saved; the first rank says why.")
 
     def state(self) -> dict[str, Any]:
-        """Everything that going on needs beside the settings."""
+        """Everything that going on needs beside the settings; every rank must ask, as each has random numbers of its own."""
         averaged = self.averaging.averaged
         return {
             "step": self.step,
             "total_steps": self.total_steps,
             "best": self.best,
+            "evaluated": self.evaluated,
             "model": self.task.model.state_dict(),
             "averaged": None if averaged is None else averaged.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "task": self.task.training_state(),
-            "random": saved_state.random_state(self.ranks.device),
+            "random": self.ranks.gather([saved_state.random_state(self.ranks.device)]),
             "scores": self.scores,
         }
 
@@ -269,52 +283,22 @@ class Trainer:
         """Goes on from `state`.
 
         Raises:
-            UserError: it belongs to a run of another length.
+            UserError: it belongs to a run of another length or of another model.
         """
+        same = f"resume with the settings that it was started with ({self.config.out}/config.yaml), or start anew into another --out."
         if state["total_steps"] != self.total_steps:
             raise UserError(
-                f"the saved run has {state['total_steps']} steps, these settings give {self.total_steps}; resume with the settings it was started with."
+                f"the saved run has {state['total_steps']} steps in all, but these settings and data give {self.total_steps}; {same}"
             )
-        self.task.model.load_state_dict(state["model"])
-        if self.averaging.averaged is not None and state["averaged"] is not None:
-            self.averaging.averaged.load_state_dict(state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.task.load_training_state(state["task"])
-        saved_state.set_random_state(state["random"], self.ranks.device)
+        try:
+            self.task.model.load_state_dict(state["model"])
+            if self.averaging.averaged is not None and state["averaged"] is not None:
+                self.averaging.averaged.load_state_dict(state["averaged"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.task.load_training_state(state["task"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"the saved run does not fit these settings ({reason}); {same}") from None
+        saved_state.restore_random_state(state["random"], self.ranks.rank, self.ranks.world, self.ranks.device)
         self.step, self.best, self.scores = state["step"], state["best"], state["scores"]
-
-
-class Meter:
-    """Means of the losses and scalars since the last report, kept on the device until then."""
-
-    def __init__(self, weights: dict[str, float]) -> None:
-        self.weights = weights
-        self.sums: dict[str, Tensor] = {}
-        self.filled: dict[str, int] = {}
-
-    def add(self, losses: dict[str, Any], batch: Batch) -> None:
-        """A micro-batch."""
-        for name, loss in losses.items():
-            self._add(f"{name}/loss", loss.sum, loss.count)
-            for scalar, (total, count) in loss.scalars.items():
-                self._add(f"{name}/{scalar}", total, count)
-        for cause, count in batch.filled.items():
-            self.filled[cause] = self.filled.get(cause, 0) + count
-
-    def _add(self, name: str, total: Tensor, count: Tensor) -> None:
-        pair = torch.stack([total.detach().float(), count.detach().float()])
-        self.sums[name] = self.sums[name] + pair if name in self.sums else pair
-
-    def take(self, ranks: Ranks) -> dict[str, float]:
-        """The means over ranks, and the weighted total; then starts anew."""
-        names = list(self.sums)
-        sums = ranks.sum(torch.stack([self.sums[name] for name in names])).cpu()
-        values: dict[str, float] = {
-            n: (total / max(count, 1e-9)).item() for n, (total, count) in zip(names, sums, strict=True)
-        }
-        values["loss"] = sum(weight * values[f"{name}/loss"] for name, weight in self.weights.items())
-        values["filled"] = sum(self.filled.values())
-        for cause, count in self.filled.items():
-            values[f"filled/{cause}"] = count
-        self.sums, self.filled = {}, {}
-        return values
+        self.evaluated = state.get("evaluated", self.step)

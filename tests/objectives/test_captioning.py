@@ -1,0 +1,103 @@
+"""Captioning: values by hand, what is predicted, PyTorch's label smoothing, weights."""
+
+from collections.abc import Callable
+from math import exp, log
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vlm.data.batch import Batch
+from vlm.objectives.captioning import Captioning, predicted
+
+MakeBatch = Callable[..., Batch]
+
+
+def test_two_tokens_by_hand(heads: Any, make_batch: MakeBatch) -> None:
+    batch = make_batch([[2, 1, 0, 0]], lengths=[3])  # token 1 is predicted at position 0, token 0 at position 1
+    states = torch.zeros(1, 4, 3)
+    states[0, 0] = torch.tensor([0.0, 2.0, 1.0])
+    states[0, 1] = torch.tensor([-1.0, 1.0, 0.0])
+    loss = Captioning(label_smoothing=0.1).loss(heads, [states], None, batch)  # type: ignore[arg-type]
+    first = [-log(exp(x) / (exp(0) + exp(2) + exp(1))) for x in (0, 2, 1)]
+    second = [-log(exp(x) / (exp(-1) + exp(1) + exp(0))) for x in (-1, 1, 0)]
+    expected = 0.9 * first[1] + 0.1 * sum(first) / 3 + 0.9 * second[0] + 0.1 * sum(second) / 3
+    assert loss.sum.item() == pytest.approx(expected, rel=1e-6)
+    assert loss.count == Captioning().count(batch) == 2
+    assert [value.item() for value in loss.scalars["accuracy"]] == [1, 2]
+
+
+def test_what_is_predicted(make_batch: MakeBatch) -> None:
+    texts = make_batch([[2, 5, 6, 7, 3], [2, 5, 6, 3, 0], [2, 5, 3, 0, 0]], lengths=[5, 4, 3], prompt=[1, 3, 3]).texts
+    # From each position whether the next token is predicted: all words and [SEP]; [SEP] alone; nothing.
+    assert predicted(texts.mask, texts.prompt).int().tolist() == [[1, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.3])
+def test_equals_cross_entropy_over_all_positions(heads: Any, make_batch: MakeBatch, smoothing: float) -> None:
+    ids = torch.randint(5, 20, (4, 7), generator=torch.Generator().manual_seed(0)).tolist()
+    batch = make_batch(ids, lengths=[7, 5, 6, 3], prompt=[1, 3, 2, 1])
+    states = torch.randn(4, 7, 20, dtype=torch.float64, requires_grad=True)
+    labels = batch.texts.ids.masked_fill(~batch.texts.mask, -100)
+    labels[torch.arange(7) < batch.texts.prompt[:, None]] = -100
+    expected = F.cross_entropy(states[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=smoothing)
+    objective = Captioning(smoothing)
+    loss = objective.loss(heads, [states], None, batch)  # type: ignore[arg-type]
+    torch.testing.assert_close(loss.sum / loss.count, expected, rtol=0, atol=1e-12)
+    assert loss.count == objective.count(batch) == (6 + 2 + 4 + 2)
+    (gradient,) = torch.autograd.grad(loss.sum, states)
+    assert torch.equal((gradient != 0).any(2)[:, :-1], predicted(batch.texts.mask, batch.texts.prompt))
+    assert (gradient[:, -1] == 0).all()
+
+
+def test_texts_are_weighted(heads: Any, make_batch: MakeBatch) -> None:
+    batch = make_batch([[2, 5, 6, 3], [2, 7, 3, 0], [2, 8, 3, 0]], lengths=[4, 3, 3], weight=[0.5, 0.25, 0.0])
+    states = torch.randn(3, 4, 9, dtype=torch.float64, requires_grad=True)
+
+    def token(row: int, at: int) -> torch.Tensor:
+        return -states[row, at - 1].log_softmax(0)[batch.texts.ids[row, at]]
+
+    first, second = token(0, 1) + token(0, 2) + token(0, 3), token(1, 1) + token(1, 2)
+    for per, count in (("texts", 0.75), ("tokens", 3 * 0.5 + 2 * 0.25)):
+        objective = Captioning(0.0, per=per)  # type: ignore[arg-type]
+        loss = objective.loss(heads, [states], None, batch)  # type: ignore[arg-type]
+        torch.testing.assert_close(loss.sum, 0.5 * first + 0.25 * second, rtol=0, atol=1e-12)
+        assert loss.count == objective.count(batch) == count
+        assert loss.scalars["accuracy"][1] == 5  # without the text of weight 0
+        (gradient,) = torch.autograd.grad(loss.sum, states)
+        assert (gradient[2] == 0).all()
+
+
+@pytest.mark.parametrize("settings", [{"prompt": [3, 3]}, {"weight": [0.0, 0.0]}])
+def test_nothing_to_predict_is_a_zero_that_touches_head_and_states(
+    heads: Any, make_batch: MakeBatch, settings: dict[str, Any]
+) -> None:
+    batch = make_batch([[2, 5, 3], [2, 6, 3]], **settings)
+    head = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 8))
+    heads.language_logits = head
+    states = torch.randn(2, 3, 4, requires_grad=True)
+    loss = Captioning().loss(heads, [states], None, batch)  # type: ignore[arg-type]
+    loss.sum.backward()
+    assert loss.sum == 0
+    assert loss.count == Captioning().count(batch) == 0
+    for tensor in (states, *head.parameters()):
+        assert tensor.grad is not None
+        assert (tensor.grad == 0).all()
+
+
+def test_it_decodes_every_text_with_its_own_image(heads: Any, make_batch: MakeBatch) -> None:
+    batch = make_batch([[2, 5, 3], [2, 6, 3], [2, 7, 3]], image=[0, 1, 1])
+    (request,) = Captioning().requests(heads, None, batch)  # type: ignore[arg-type]
+    assert request.causal
+    assert request.text_rows.tolist() == [0, 1, 2]
+    assert request.memory_rows.tolist() == [0, 1, 1]
+
+
+def test_logits_in_half_precision_are_summed_in_fp32(heads: Any, make_batch: MakeBatch) -> None:
+    states = torch.randn(1, 3, 9).bfloat16()
+    loss = Captioning(0.1).loss(heads, [states], None, make_batch([[2, 5, 3]]))  # type: ignore[arg-type]
+    expected = F.cross_entropy(states[0, :-1].float(), torch.tensor([5, 3]), reduction="sum", label_smoothing=0.1)
+    torch.testing.assert_close(loss.sum, expected)
+    assert loss.sum.dtype == torch.float32

@@ -1,0 +1,181 @@
+"""Image-text matching: values by hand, which negatives are drawn and how often, numbers that stay finite, no waiting for the device."""
+
+from collections.abc import Callable
+from math import exp, log
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.profiler import profile
+
+from vlm.data.batch import Batch
+from vlm.objectives.matching import Matching, eligibility, sample_negatives
+
+MakeBatch = Callable[..., Batch]
+Features = Callable[[Batch, Tensor, Tensor], Any]
+
+
+def texts(count: int) -> list[list[int]]:
+    return [[2, 5 + i, 3] for i in range(count)]
+
+
+def draw(heads: Any, features: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of the texts, negative images and negative texts, with the positive pass checked."""
+    positive, images, negatives = Matching().requests(heads, features, batch)
+    rows = torch.arange(len(batch.texts.ids))
+    assert torch.equal(positive.text_rows, rows)
+    assert torch.equal(positive.memory_rows, batch.texts.image)
+    assert torch.equal(images.text_rows, rows)
+    assert torch.equal(negatives.memory_rows, batch.texts.image)
+    assert {p.view for p in (positive, images, negatives)} == {"plain"}
+    assert not any(p.causal for p in (positive, images, negatives))
+    return rows, images.memory_rows, negatives.text_rows
+
+
+def test_two_pairs_by_hand(heads: Any, make_batch: MakeBatch) -> None:
+    batch = make_batch(texts(2))
+    # (no match, match) of the two positives, of the two negative images, of the two negative texts.
+    logits = torch.tensor([[0.0, 1.0], [2.0, 0.0], [0.5, 0.0], [0.0, 0.0], [1.0, -1.0], [-1.0, 1.0]])
+    outputs = [part[:, None].expand(-1, 3, -1) for part in logits.split(2)]
+    loss = Matching().loss(heads, outputs, None, batch)  # type: ignore[arg-type]
+    positives = -log(exp(1) / (1 + exp(1))) - log(1 / (exp(2) + 1))
+    negatives = -log(exp(0.5) / (exp(0.5) + 1)) - log(0.5) - log(exp(1) / (exp(1) + exp(-1)))
+    negatives -= log(exp(-1) / (exp(-1) + exp(1)))
+    assert loss.sum.item() == pytest.approx(positives + negatives, rel=1e-6)
+    assert loss.count == Matching().count(batch) == 6
+    # Right: the first positive, the first negative image, the first negative text; the tie falls to "no match", which is right too.
+    assert [value.item() for value in loss.scalars["accuracy"]] == [4, 6]
+
+
+def test_a_negative_is_never_of_the_same_image(heads: Any, make_batch: MakeBatch, make_features: Features) -> None:
+    image_of_text, ids = [0, 0, 1, 2, 3], [11, 12, 11, 13]  # image 2 is image 0 again, in another slot
+    batch = make_batch(texts(5), image=image_of_text, image_ids=ids)
+    features = make_features(batch, torch.eye(4), torch.eye(4)[image_of_text])  # the positive is always the most alike
+    whose = batch.image_ids
+    torch.manual_seed(0)
+    for _ in range(200):
+        rows, images, negatives = draw(heads, features, batch)
+        assert (whose[images] != whose[batch.texts.image[rows]]).all()
+        assert (whose[batch.texts.image[negatives]] != whose[batch.texts.image[rows]]).all()
+
+
+def test_of_two_it_is_always_the_other(heads: Any, make_batch: MakeBatch, make_features: Features) -> None:
+    batch = make_batch(texts(2))
+    features = make_features(batch, torch.eye(2), torch.eye(2))
+    torch.manual_seed(0)
+    for _ in range(50):
+        _, images, negatives = draw(heads, features, batch)
+        assert images.tolist() == negatives.tolist() == [1, 0]
+
+
+def test_negatives_are_those_most_alike(heads: Any, make_batch: MakeBatch, make_features: Features) -> None:
+    # Products of images (rows) and texts: image 0 is most like text 2, but text 0 most like image 1, and so on.
+    products = torch.tensor([[0.0, 0.0, 50.0], [50.0, 0.0, 0.0], [0.0, 50.0, 0.0]])
+    batch = make_batch(texts(3))
+    _, images, negatives = draw(heads, make_features(batch, torch.eye(3), products.T), batch)
+    assert images.tolist() == [1, 2, 0]
+    assert negatives.tolist() == [2, 0, 1]
+
+
+def test_a_slot_without_weight_is_never_a_negative_and_never_counts(
+    heads: Any, make_batch: MakeBatch, make_features: Features
+) -> None:
+    batch = make_batch(texts(4), weight=[1.0, 1.0, 0.0, 1.0])
+    features = make_features(batch, torch.ones(4, 2), torch.ones(4, 2))
+    torch.manual_seed(0)
+    for _ in range(100):
+        _, images, negatives = draw(heads, features, batch)
+        assert 2 not in images[[0, 1, 3]]
+        assert 2 not in negatives[[0, 1, 3]]
+    outputs = [torch.randn(4, 3, 2, requires_grad=True) for _ in range(3)]
+    loss = Matching().loss(heads, outputs, features, batch)
+    assert loss.count == Matching().count(batch) == 9
+    for gradient in torch.autograd.grad(loss.sum, outputs):
+        assert (gradient[2] == 0).all()
+        assert (gradient[[0, 1, 3], 0] != 0).all()
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"image_ids": [5, 5, 5]}, {"weight": [1.0, 0.0, 0.0]}, {"weight": [0.0, 0.0, 0.0]}]
+)
+def test_without_negatives_it_is_a_zero_that_touches_the_head(
+    heads: Any, make_batch: MakeBatch, make_features: Features, settings: dict[str, Any]
+) -> None:
+    count = 3 if settings else 1
+    batch = make_batch(texts(count), **settings)
+    head = nn.Linear(4, 2)
+    heads.matching_logits = lambda states: head(states[:, 0])
+    features = make_features(batch, torch.ones(count, 2), torch.ones(count, 2))
+    draw(heads, features, batch)
+    outputs = [torch.randn(count, 3, 4, requires_grad=True) for _ in range(3)]
+    loss = Matching().loss(heads, outputs, features, batch)
+    loss.sum.backward()
+    assert loss.sum == 0
+    assert loss.count == Matching().count(batch) == 0
+    for tensor in (head.weight, head.bias, *outputs):
+        assert tensor.grad is not None
+        assert (tensor.grad == 0).all()
+
+
+def test_negatives_follow_the_softmax() -> None:
+    similarity = torch.tensor(
+        [[9.0, 1.0, 0.0, -1.0], [0.5, 9.0, 0.5, -2.0], [2.0, 0.0, 9.0, 1.0], [0.0, 0.0, 0.0, 9.0]]
+    )
+    eligible = ~torch.eye(4, dtype=torch.bool)
+    eligible[3, 0] = False  # the same image again
+    draws, counts = 4000, torch.zeros(4, 4)
+    torch.manual_seed(0)
+    for _ in range(draws):
+        counts[torch.arange(4), sample_negatives(similarity, eligible)] += 1
+    expected = draws * torch.softmax(similarity.masked_fill(~eligible, float("-inf")), dim=1)
+    assert (counts[~eligible] == 0).all()
+    chi = ((counts - expected)[eligible] ** 2 / expected[eligible]).sum().item()
+    assert chi < 24.3  # the 99.9th percentile for 7 degrees of freedom: 3 rows with 3 choices, one with 2
+
+
+def test_half_precision_does_not_blunt_the_draw() -> None:
+    torch.manual_seed(0)
+    flat, others = torch.full((4, 4), 1000.0).bfloat16(), ~torch.eye(4, dtype=torch.bool)
+    drawn = {(row, int(column)) for _ in range(100) for row, column in enumerate(sample_negatives(flat, others))}
+    assert drawn == {(row, column) for row in range(4) for column in range(4) if row != column}
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e4, float("nan"), float("inf")])
+def test_any_similarity_gives_an_eligible_column(scale: float) -> None:
+    torch.manual_seed(0)
+    similarity = torch.randn(16, 16).sign() * scale
+    similarity = similarity.bfloat16() if scale == 1e4 else similarity
+    eligible = torch.rand(16, 16) < 0.3
+    eligible[0] = False
+    for _ in range(50):
+        column = sample_negatives(similarity, eligible)
+        assert eligible[torch.arange(16), column][eligible.any(1)].all()
+        assert (column == torch.arange(16))[~eligible.any(1)].all()
+
+
+def test_large_logits_give_a_finite_loss(heads: Any, make_batch: MakeBatch) -> None:
+    outputs = [torch.tensor([[[1e4, -1e4]], [[-1e4, 1e4]]]).bfloat16().requires_grad_() for _ in range(3)]
+    loss = Matching().loss(heads, outputs, None, make_batch(texts(2)))  # type: ignore[arg-type]
+    assert loss.sum.isfinite()
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss.sum, outputs))
+
+
+def test_nothing_waits_for_the_device(heads: Any, make_batch: MakeBatch, make_features: Features) -> None:
+    batch = make_batch(texts(4), weight=[1.0, 0.0, 1.0, 1.0])
+    features = make_features(batch, torch.randn(4, 2), torch.randn(4, 2))
+    outputs = [torch.randn(4, 3, 2) for _ in range(3)]
+    with profile() as profiled:
+        Matching().requests(heads, features, batch)
+        Matching().count(batch)
+        Matching().loss(heads, outputs, features, batch)
+    used = {event.name for event in profiled.events()}
+    assert "aten::argmax" in used  # the profile sees what is done
+    waiting = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::masked_select"}
+    assert not used & waiting
+
+
+def test_texts_of_equal_images_and_bad_slots_are_not_eligible(make_batch: MakeBatch) -> None:
+    usable, eligible = eligibility(make_batch(texts(3), image_ids=[4, 4, 6], weight=[1.0, 1.0, 0.0]))
+    assert usable.tolist() == [True, True, False]
+    assert eligible.tolist() == [[False] * 3, [False] * 3, [True, True, False]]

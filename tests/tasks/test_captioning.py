@@ -1,0 +1,80 @@
+"""Captioning: scenes are learnt by heart and told back exactly, whatever else is in the batch."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from vlm.config import GenerationConfig, ModelConfig
+from vlm.data.samples import CaptionEncoder
+from vlm.metrics.captions import caption_scores
+from vlm.model.vision_language import VisionLanguageModel
+from vlm.tasks.captioning import CaptioningTask, generation_rules
+
+PROMPT = "a picture of"
+
+
+def encoder(scenes: Any, training: bool, prompt: str = "") -> CaptionEncoder:
+    return CaptionEncoder(scenes.tokenizer, scenes.transform, training, prompt=prompt, texts_per_image="all")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings"),
+    [("", {}), (PROMPT, {"decoder": "separate", "decoder_layers": 2})],
+)
+def test_scenes_learnt_by_heart_are_told_exactly(
+    scenes: Any,
+    learn: Callable[..., list[float]],
+    tiny_config: Callable[..., ModelConfig],
+    prompt: str,
+    settings: dict[str, Any],
+) -> None:
+    torch.manual_seed(0)
+    text = {"vocab_size": scenes.tokenizer.vocab_size, "layers": 2, "cross_attention": (0, 1)}
+    model = VisionLanguageModel(tiny_config(text=text, image="test_resnet", **settings))
+    task = CaptioningTask(model, scenes.tokenizer, 0.1, prompt, GenerationConfig())
+    totals = learn(task, scenes.batch(encoder(scenes, True, prompt)), 100)
+    assert totals[-1] < 0.3 * totals[0]
+    batch = scenes.batch(encoder(scenes, False, prompt))
+    records = task.predict(batch)
+    assert [r["caption"] for r in records] == [record.captions[0] for record in scenes.records]
+    assert [r["image_id"] for r in records] == [0, 1, 2, 3]
+    assert all(0.5 < r["confidence"] <= 1 for r in records)
+    scores = task.evaluate(records)
+    assert scores["Bleu_4"] == pytest.approx(100)
+    assert scores["CIDEr"] == pytest.approx(1000)
+    assert (scores["distinct"], scores["images"]) == (100, 4)
+    assert task.official(records)[1] == {"image_id": 1, "caption": scenes.records[1].captions[0]}
+    for row in range(4):
+        assert (
+            task.predict(scenes.batch(encoder(scenes, False, prompt), [row]))[0]["caption"] == records[row]["caption"]
+        )
+    task.blank_images = True
+    assert len({r["caption"] for r in task.predict(batch)}) == 1
+
+
+def test_a_record_an_image_with_all_its_references(scenes: Any, tiny_model: Callable[..., VisionLanguageModel]) -> None:
+    model = tiny_model(text={"vocab_size": scenes.tokenizer.vocab_size})
+    task = CaptioningTask(model, scenes.tokenizer, 0.1, "", GenerationConfig(max_length=8, min_length=2))
+    several = [
+        replace(record, captions=[*record.captions, f"another text {i}"][: 1 + i % 2])
+        for i, record in enumerate(scenes.records)
+    ]
+    batch = replace(scenes, records=several).batch(encoder(scenes, False))
+    assert len(batch.texts.ids) == 6
+    records = task.predict(batch)
+    assert [r["key"] for r in records] == [record.key for record in several]
+    assert [r["references"] for r in records] == [record.captions for record in several]
+    found = task.evaluate(records)
+    expected = caption_scores({r["key"]: r["references"] for r in records}, {r["key"]: r["caption"] for r in records})
+    assert found["CIDEr"] == 100 * expected.CIDEr
+    assert found["ROUGE_L"] == 100 * expected.ROUGE_L
+
+
+def test_rules_from_the_settings(scenes: Any) -> None:
+    settings = GenerationConfig(max_length=4, min_length=9, repetition_penalty=1.5, no_repeat_ngram=3)
+    rules = generation_rules(settings, scenes.tokenizer)
+    assert (rules.max_length, rules.min_length, rules.end_id) == (4, 3, scenes.tokenizer.sep_id)
+    assert (rules.repetition_penalty, rules.no_repeat_ngram) == (1.5, 3)

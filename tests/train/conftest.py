@@ -1,0 +1,85 @@
+"""Drawn scenes in shards, and a model so small that a run of a few steps takes a second."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlm.config import Config
+from vlm.data.synthetic import write_scenes
+from vlm.settings import config_from_dict
+from vlm.settings_check import check
+
+SETTINGS: dict[str, Any] = {
+    "task": "captioning",
+    "model.image": {"name": "resnet10t", "image_size": 32, "stages": 2},
+    "model.text": {
+        "dim": 32,
+        "heads": 2,
+        "layers": 2,
+        "feed_forward_dim": 64,
+        "max_positions": 48,
+        "cross_attention": [0, 1],
+    },
+    "model.embed_dim": 16,
+    "tokenizer.vocab_size": 120,
+    "data.batch_size": 8,
+    "data.streams": 4,
+    "data.workers": 0,
+    "data.max_tokens": 32,
+    "data.randaugment": None,
+    "optimizer.lr": 2e-3,
+    "optimizer.warmup_steps": 2,
+    "train.epochs": 1,
+    "train.precision": "fp32",
+    "train.log_every": 1,
+    "train.evaluate_images": 12,
+    "generation.beams": 1,
+    "generation.max_length": 6,
+    "generation.min_length": 1,
+}
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 scenes in train, 13 in val, 32 px: six steps an epoch of eight images."""
+    folder = tmp_path_factory.mktemp("scenes")
+    write_scenes(folder, 48, 13, size=32, samples_per_shard=16)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact equality is promised there."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture
+def nested(scenes: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """nested({"train.epochs": 2}): the settings of a tiny run with these in place of the usual ones, as YAML would give them."""
+
+    def make(changes: dict[str, Any] | None = None) -> dict[str, Any]:
+        splits = {"data.splits.train": [f"{scenes}/train"], "data.splits.val": [f"{scenes}/val"]}
+        values: dict[str, Any] = {}
+        for key, value in {**SETTINGS, **splits, "out": str(tmp_path / "run"), **(changes or {})}.items():
+            *path, name = key.split(".")
+            section = values
+            for part in path:
+                section = section.setdefault(part, {})
+            section[name] = dict(value) if isinstance(value, dict) else value
+        return values
+
+    return make
+
+
+@pytest.fixture
+def make_config(nested: Callable[..., dict[str, Any]]) -> Callable[..., Config]:
+    """make_config({"train.epochs": 2}): the same, checked."""
+
+    def make(changes: dict[str, Any] | None = None) -> Config:
+        config = config_from_dict(nested(changes), "test")
+        check(config)
+        return config
+
+    return make
