@@ -267,7 +267,7 @@ def nothing(place: Place, words: list[str]) -> None:
 RULES: dict[str, tuple[str, Callable[[Place, list[str]], None]]] = {
     r"make [a-z]+( [A-Z]+=\S+)*": ("checked", make),
     r"pip (install|download) .*": ("checked", pip),
-    r"source .venv/bin/activate|git clone \S+|cd [\w-]+|unzip \S+ -d \S+": ("checked", nothing),
+    r"source .venv/bin/activate|git clone \S+|cd [\w-]+|python -m zipfile -e \S+\.whl weights": ("checked", nothing),
     r"python -m vlm\.data\.synthetic .*": ("checked", synthetic),
     r"python demos/caption\.py .*": ("executed", caption),
     r"python demos/vqa\.py .*": ("executed", vqa),

@@ -271,7 +271,7 @@ class Config:
     """A folder with BERT-shaped weights and their tokenizer to start the text Transformer from."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model; with init_from its shape is the checkpoint's, and only image_size, frozen, trainable_blocks, batch_norm, checkpointing,
-    drop_path, dropout and attention_dropout are taken from here."""
+    drop_path, dropout and attention_dropout are taken from here, and a separate decoder where one is asked for."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """Tokens."""
     data: DataConfig = field(default_factory=DataConfig)

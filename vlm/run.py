@@ -195,7 +195,10 @@ def _counting_baselines(config: Config, records: Sequence[Record], name: str) ->
     except UserError as error:  # a model may be scored where its training data are not
         say(f"no baselines by counting training answers: {error}")
         return {}
+    records = [r for r in records if r["references"]]
     trained = [q for record in scan(sets) for q in record.questions if q.get("answers")]
+    if not records or not trained:
+        return {}
     by_type = fit_question_type_baseline([q["question"] for q in trained], [q["answers"] for q in trained])
     guesses = {
         "baseline/commonest_answer": lambda _: by_type.overall,
