@@ -31,9 +31,9 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert [(s.name, s.samples) for s in found.shards] == [("shard-000000.tar", 2), ("shard-000001.tar", 1)]
     assert [s.bytes for s in found.shards] == [(tmp_path / "s" / s.name).stat().st_size for s in found.shards]
     assert read_all(found) == [
-        Record("toy", "a", b"A", ["ein Hund", "zwei"], [], image_hash("toy", 12)),
-        Record("toy", "b", b"B", [], [question], image_hash("toy", "b")),
-        Record("toy", "long" * 60, b"C", ["c"], [question], image_hash("toy", "x9")),
+        Record("toy", "a", b"A", ["ein Hund", "zwei"], [], image_hash("toy", 12), 12),
+        Record("toy", "b", b"B", [], [question], image_hash("toy", "b"), "b"),
+        Record("toy", "long" * 60, b"C", ["c"], [question], image_hash("toy", "x9"), "x9"),
     ]
     index = json.loads((tmp_path / "s" / "index.json").read_text())
     assert (index["source"], index["samples"]) == ("toy", 3)
