@@ -77,12 +77,13 @@ def quickstart(out: Path, train: int, val: int, epochs: float | None) -> None:
     splits = ["--data.splits.train", f"{scenes}/train", "--data.splits.val", f"{scenes}/val"]
     common = [*splits, *([] if epochs is None else ["--train.epochs", str(epochs)])]
 
-    stage(2, "Pretrain: contrastive, matching, masked language and captioning objectives")
+    stage(2, "Pretrain: contrastive, masked language and captioning objectives")
     vlm("train", "configs/pretrain/tiny.yaml", "--out", f"{out}/pretrain", *common)
-    common += ["--init-from", f"{out}/pretrain/latest"]
 
     stage(3, "Fine-tune for captioning")
-    vlm("train", "configs/finetune/captioning/tiny.yaml", "--out", f"{out}/captioning", *common)
+    pretrained = ["--init-from", f"{out}/pretrain/latest"]
+    vlm("train", "configs/finetune/captioning/tiny.yaml", "--out", f"{out}/captioning", *common, *pretrained)
+    common += ["--init-from", f"{out}/captioning/latest"]  # it sees better by now
 
     stage(4, "Fine-tune for visual question answering")
     vlm("train", "configs/finetune/vqa/tiny.yaml", "--out", f"{out}/vqa", *common)

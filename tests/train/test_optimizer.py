@@ -1,5 +1,6 @@
 """Which parameters decay, at which rate each is trained, and the rate's course at points computed by hand."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,14 @@ from torch import nn
 from vlm.config import ModelConfig, OptimizerConfig
 from vlm.errors import ConfigError
 from vlm.model.vision_language import VisionLanguageModel
-from vlm.train.optimizer import build_optimizer, decays, parameter_groups, schedule
+from vlm.train.optimizer import (
+    build_optimizer,
+    decays,
+    load_optimizer_state,
+    optimizer_state,
+    parameter_groups,
+    schedule,
+)
 
 
 def settings_by_name(model: nn.Module, config: OptimizerConfig) -> dict[str, tuple[Any, Any]]:
@@ -92,6 +100,60 @@ def test_an_unknown_prefix_names_the_parts() -> None:
 def test_a_frozen_part_may_have_a_factor() -> None:
     model = nn.ModuleDict({"image_encoder": nn.Linear(2, 2).requires_grad_(False), "text": nn.Linear(2, 2)})
     assert len(parameter_groups(model, OptimizerConfig(lr_factors={"image_encoder": 0.1}))) == 2
+
+
+def stepped(config: OptimizerConfig) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model of two parts after two steps."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"image": nn.Linear(3, 3), "text": nn.Linear(3, 3)})
+    optimizer = build_optimizer(model, config)
+    for _ in range(2):
+        step(model, optimizer)
+    return model, optimizer
+
+
+def step(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model["text"](model["image"](torch.ones(2, 3))).square().sum().backward()
+    optimizer.step()
+
+
+def test_the_state_goes_by_parameter_names_and_survives_other_groups() -> None:
+    config = OptimizerConfig(lr=0.1, weight_decay=0.0)
+    model, optimizer = stepped(config)
+    state = copy.deepcopy(optimizer_state(model, optimizer))
+    assert set(state) == {"image.weight", "image.bias", "text.weight", "text.bias"}
+    weights = copy.deepcopy(model.state_dict())
+    step(model, optimizer)
+    # the same parameters in another order and in more groups, which do nothing different at factor 1
+    again, _ = stepped(config)
+    again.load_state_dict(weights)
+    regrouped = build_optimizer(again, OptimizerConfig(lr=0.1, weight_decay=0.0, lr_factors={"text": 1.0}))
+    regrouped.param_groups.reverse()
+    load_optimizer_state(again, regrouped, state)
+    step(again, regrouped)
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+
+
+def test_present_rates_count_not_the_saved_ones() -> None:
+    model, optimizer = stepped(OptimizerConfig(lr=0.1, lr_factors={"image": 0.5}))
+    state = optimizer_state(model, optimizer)
+    other = build_optimizer(model, OptimizerConfig(lr=0.2, lr_factors={"image": 0.25}))
+    load_optimizer_state(model, other, state)
+    assert sorted({group["factor"] for group in other.param_groups}) == [0.25, 1.0]
+    assert {group["lr"] for group in other.param_groups} == {0.05, 0.2}
+
+
+def test_a_state_of_other_parameters_is_refused() -> None:
+    model, optimizer = stepped(OptimizerConfig())
+    state = optimizer_state(model, optimizer)
+    state["stranger"] = state.pop("text.bias")
+    with pytest.raises(ValueError, match=r"of other parameters, 1 such as stranger"):
+        load_optimizer_state(model, optimizer, state)
+    del state["stranger"]
+    load_optimizer_state(model, optimizer, state)  # a part that was never used has no state
+    assert set(optimizer_state(model, optimizer)) == {"image.weight", "image.bias", "text.weight"}
 
 
 COSINE = [

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,6 +51,34 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """Fused where the device has it."""
     return torch.optim.AdamW(parameter_groups(model, config), lr=config.lr, betas=config.betas, fused=True)
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """What the optimizer remembers of each parameter, by the parameter's name: it does not depend on groups or their order."""
+    names = _names(model, optimizer)
+    return {names[index]: state for index, state in optimizer.state_dict()["state"].items()}
+
+
+def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Any]]) -> None:
+    """Takes back what `optimizer_state` gave; rates and decay stay those of the present settings.
+
+    Raises:
+        ValueError: it is of other parameters.
+    """
+    names = _names(model, optimizer)
+    if "param_groups" in state:  # as saved before 22 November: by number
+        state = {names[int(index)]: values for index, values in state["state"].items()}
+    if strangers := sorted(set(state) - set(names)):
+        raise ValueError(f"the optimizer's state is of other parameters, {len(strangers)} such as {strangers[0]}")
+    # What the task never used has none.
+    numbered = {index: state[name] for index, name in enumerate(names) if name in state}
+    optimizer.load_state_dict({"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The parameters' names in the order in which the optimizer numbers them."""
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [known[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def schedule(config: OptimizerConfig, total_steps: int, steps_per_epoch: int) -> Callable[[int], float]:

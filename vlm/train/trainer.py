@@ -19,7 +19,7 @@ from vlm.train import state as saved_state
 from vlm.train.averaging import Averaging
 from vlm.train.distributed import Ranks
 from vlm.train.meter import Meter
-from vlm.train.optimizer import build_optimizer, schedule
+from vlm.train.optimizer import build_optimizer, load_optimizer_state, optimizer_state, schedule
 from vlm.train.report import Clock, JsonLines, duration, number, say
 from vlm.train.stopping import StopRequest
 
@@ -273,7 +273,7 @@ class Trainer:
             "evaluated": self.evaluated,
             "model": self.task.model.state_dict(),
             "averaged": None if averaged is None else averaged.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer_state(self.task.model, self.optimizer),
             "task": self.task.training_state(),
             "random": self.ranks.gather([saved_state.random_state(self.ranks.device)]),
             "scores": self.scores,
@@ -294,7 +294,7 @@ class Trainer:
             self.task.model.load_state_dict(state["model"])
             if self.averaging.averaged is not None and state["averaged"] is not None:
                 self.averaging.averaged.load_state_dict(state["averaged"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer_state(self.task.model, self.optimizer, state["optimizer"])
             self.task.load_training_state(state["task"])
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
