@@ -134,7 +134,7 @@ def test_unusable_arguments_leave_with_2(run: Run, config: str, tmp_path: Path) 
         (("train", config, "--data.splits.train"), "data.splits.train is empty"),
         (("train", config, "--model.image.name", "resnet10"), "the nearest are"),
         (("train", config, "--task", "painting"), "--task"),
-        (("train", config, "--optimizer.lr-factors", "vision", "0.1"), "no parameter begins with 'vision'"),
+        (("train", config, "--optimizer.lr-factors", "vision", "0.1"), "no part is called 'vision'"),
         (("evaluate", config, "--checkpoint", "x", "--out", "y", "--split", "vall"), "invalid choice: 'vall'"),
         (("evaluate", config, "--checkpoint", "x", "--out", "y", "--split", "test"), "data.splits.test is empty"),
         (("evaluate", config, "--split", "val"), "required: --checkpoint, --out"),

@@ -165,7 +165,7 @@ def sample_encoder(config: Config, tokenizer: Tokenizer, image_size: int, traini
             question_prompt=data.question_prompt,
             max_question_tokens=data.max_tokens,
             max_answer_tokens=data.max_answer_tokens,
-            texts_per_image="one" if training else "all",
+            texts_per_image=data.texts_per_image if training else "all",
             seed=config.seed,
         )
     masks = training and config.task == "pretraining" and config.objectives.masked_language > 0
@@ -175,7 +175,7 @@ def sample_encoder(config: Config, tokenizer: Tokenizer, image_size: int, traini
         training,
         max_tokens=data.max_tokens,
         prompt=data.prompt,
-        texts_per_image="one" if training else "all",
+        texts_per_image=data.texts_per_image if training else "all",
         masking_probability=config.objectives.masking_probability if masks else None,
         seed=config.seed,
     )

@@ -152,6 +152,8 @@ class DataConfig:
     """Flip left-right at random, except where a text of the record says left or right."""
     randaugment: tuple[int, int] | None = (2, 5)
     """RandAugment: operations and magnitude, without colour reversal; null turns it off."""
+    texts_per_image: Literal["one", "all"] = "one"
+    """Captions or questions of an image that a training step takes: one drawn at random, or all, which share the image's encoding."""
     allow_overlap: bool = False
     """Allow evaluation images that are also training images."""
     blank_images: bool = False
@@ -196,7 +198,7 @@ class OptimizerConfig:
     lr: float = 1e-4
     """Peak rate."""
     lr_factors: dict[str, float] = field(default_factory=dict)
-    """Rate factors by parameter-name prefix, e.g. {image_encoder: 0.1}; the longest matching prefix counts."""
+    """Rate factors by part of the model, e.g. {image_encoder: 0.1, text.layers.0: 0.5}; the longest matching name counts."""
     weight_decay: float = 0.05
     """Decay; biases, norms, embeddings of position and temperature never decay."""
     betas: tuple[float, float] = (0.9, 0.98)

@@ -37,6 +37,7 @@ from vlm.settings_check import check_lengths
 from vlm.tasks.task import Record, Task
 from vlm.train import distributed
 from vlm.train.distributed import Ranks
+from vlm.memory import keep_freed_memory
 from vlm.train.report import number, replace_text, say
 from vlm.train.state import load_state
 from vlm.train.trainer import Trainer
@@ -52,12 +53,19 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     """
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(config.train.deterministic or before)
-    ranks = distributed.start()
+    ranks = _start()
     try:
         return _train(config, ranks, resume)
     finally:
         distributed.stop()
         torch.use_deterministic_algorithms(before)
+
+
+def _start() -> Ranks:
+    ranks = distributed.start()
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
+    return ranks
 
 
 def _train(config: Config, ranks: Ranks, resume: bool) -> dict[str, Any]:
@@ -156,7 +164,7 @@ def evaluate(config: Config, checkpoint: Path, split: str, out: Path) -> dict[st
     """
     folders = getattr(config.data.splits, split)
     held_out = load_sets(folders, f"data.splits.{split}")
-    ranks = distributed.start()
+    ranks = _start()
     try:
         model, _ = load_pretrained(checkpoint)
         parts = Parts(dataclasses.replace(config, model=model.config), Tokenizer.load(checkpoint), model)
@@ -256,7 +264,7 @@ def _answer_list(config: Config, sets: Sequence[ShardSet]) -> list[str]:
 
 def dry_run(config: Config) -> None:
     """Shows what `train` would do: settings, parameters by part, the first batch, and the time of one step; writes nothing."""
-    ranks = distributed.start()
+    ranks = _start()
     try:
         _dry_run(config, ranks)
     finally:

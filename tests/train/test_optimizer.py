@@ -68,31 +68,33 @@ def test_what_decays(name: str, shape: tuple[int, ...], want: bool) -> None:
     assert decays(name, nn.Parameter(torch.zeros(shape))) is want
 
 
-def test_the_longest_prefix_sets_the_rate_and_what_is_not_trained_is_left_out() -> None:
+def test_the_longest_name_sets_the_rate_and_what_is_not_trained_is_left_out() -> None:
     model = nn.ModuleDict(
         {
             "image_encoder": nn.ModuleDict({"stem": nn.Linear(2, 2), "blocks": nn.Linear(2, 2)}),
             "text": nn.Linear(2, 2),
+            "text_projection": nn.Linear(2, 2, bias=False),
         }
     )
     model["text"].bias.requires_grad_(False)
-    config = OptimizerConfig(lr=1.0, lr_factors={"image_encoder": 0.1, "image_encoder.blocks": 0.5}, weight_decay=0.3)
+    config = OptimizerConfig(
+        lr=1.0, lr_factors={"image_encoder": 0.1, "image_encoder.blocks": 0.5, "text": 0.25}, weight_decay=0.3
+    )
     assert settings_by_name(model, config) == {
         "image_encoder.stem.weight": (0.1, 0.3),
         "image_encoder.stem.bias": (0.1, 0.0),
         "image_encoder.blocks.weight": (0.5, 0.3),
         "image_encoder.blocks.bias": (0.5, 0.0),
-        "text.weight": (1.0, 0.3),
+        "text.weight": (0.25, 0.3),
+        "text_projection.weight": (1.0, 0.3),
     }
     rates = {group["factor"]: group["lr"] for group in build_optimizer(model, config).param_groups}
-    assert rates == {0.1: 0.1, 0.5: 0.5, 1.0: 1.0}
+    assert rates == {0.1: 0.1, 0.25: 0.25, 0.5: 0.5, 1.0: 1.0}
 
 
-def test_an_unknown_prefix_names_the_parts() -> None:
+def test_an_unknown_part_names_the_parts() -> None:
     model = nn.ModuleDict({"image_encoder": nn.Linear(2, 2), "text": nn.Linear(2, 2)})
-    with pytest.raises(
-        ConfigError, match=r"lr_factors: no parameter begins with 'vision'; .* image_encoder, text"
-    ) as caught:
+    with pytest.raises(ConfigError, match=r"lr_factors: no part is called 'vision'; .* image_encoder, text") as caught:
         parameter_groups(model, OptimizerConfig(lr_factors={"vision": 0.1}))
     assert caught.value.exit_code == 2
 

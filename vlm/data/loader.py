@@ -29,6 +29,7 @@ from vlm.data.order import EpochOrder, batch_places, check_split
 from vlm.data.reading import SampleSource, Slot
 from vlm.data.shards import ShardSet
 from vlm.errors import UserError
+from vlm.memory import release_freed_memory
 
 log = logging.getLogger(__name__)
 CHECKED_AFTER = 100  # samples, before the share of bad ones says anything
@@ -108,6 +109,7 @@ class Loader:
             for item in work:
                 yield _unpack(item)
             return
+        release_freed_memory()
         parts = iter(
             DataLoader(
                 work,

@@ -49,8 +49,9 @@ class CaptionEncoder:
         captions = [(raw, cleaned) for raw in record.captions if (cleaned := clean_caption(raw))]
         if not captions:
             raise BadRecord("no caption", f"no caption in record {record.source}/{record.key}")
+        captions = self._whole(captions)
         if self.texts_per_image == "one":
-            captions = [_draw(self._whole(captions), self.training, self.seed, epoch, record, "caption")]
+            captions = [_draw(captions, self.training, self.seed, epoch, record, "caption")]
         texts = []
         for number, (raw, cleaned) in enumerate(captions):
             ids, prompt = self.tokenizer.encode_with_prompt(self.prompt, cleaned, self.max_tokens)

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from vlm.config import ImageConfig
 from vlm.errors import ConfigError, UserError
+from vlm.model.folding import fold_frozen, weights_key
 from vlm.model.image_weights import load_weights
 
 
@@ -65,6 +66,7 @@ class ImageEncoder(nn.Module):
         if config.checkpointing:
             self.backbone.set_grad_checkpointing(True)
 
+        self._folded: tuple[tuple[int, ...], Any] | None = None  # in a tuple: no part of the state
         self.positions: nn.Parameter | None = None  # (1, D, h, w)
         if hasattr(self.backbone, "num_prefix_tokens"):
             self.prefix = int(self.backbone.num_prefix_tokens)
@@ -185,17 +187,31 @@ class ImageEncoder(nn.Module):
             norm = getattr(self.backbone, "fc_norm", None)
             return norm(x) if norm is not None else x
         x = x.contiguous(memory_format=torch.channels_last)
+        backbone = self._folded_backbone() if self.training else self.backbone
         checkpointing = (
             self.config.checkpointing
         )  # recomputes outside this function, thus would not see the same operations
         if x.is_cpu and torch.is_autocast_enabled("cpu") and not checkpointing and not torch.compiler.is_compiling():
             with _TrainGroupedInFloat32():
-                x = self.backbone(x)
+                x = backbone(x)
         else:
-            x = self.backbone(x)
+            x = backbone(x)
         if x.ndim == 4 and getattr(self.backbone, "output_fmt", "NCHW") == "NHWC":
             x = x.permute(0, 3, 1, 2)
         return x
+
+    def _folded_backbone(self) -> Any:
+        """The backbone with its frozen batch norms folded, made anew after the frozen weights have changed; shares what is trained."""
+        all_fixed = self.frozen or self.batch_norm == "frozen"
+        if not all_fixed or torch.compiler.is_compiling():
+            return self.backbone
+        key = weights_key(self.backbone)
+        if self._folded is None or self._folded[0] != key:
+            example = self.mean.new_ones(1, 3, self.image_size, self.image_size).to(
+                next(self.backbone.parameters()).dtype
+            )
+            self._folded = (key, fold_frozen(self.backbone, example))
+        return self._folded[1]
 
     def pool(self, tokens: Tensor) -> Tensor:
         """One vector (B, D) for each image's tokens (B, P, D): the class token where there is one, else the mean over the patches."""

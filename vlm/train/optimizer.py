@@ -17,19 +17,17 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     """Groups by rate factor and decay. Biases, norms, positions and the temperature never decay.
 
     Raises:
-        ConfigError: a prefix in `lr_factors` names no parameter.
+        ConfigError: `lr_factors` names a part that is not there.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     everything = [name for name, _ in model.named_parameters()]
     for prefix in config.lr_factors:
-        if not any(name.startswith(prefix) for name in everything):
+        if not any(_within(name, prefix) for name in everything):
             parts = sorted({name.split(".")[0] for name in everything})
-            raise ConfigError(
-                f"optimizer.lr_factors: no parameter begins with {prefix!r}; the parts are {', '.join(parts)}."
-            )
+            raise ConfigError(f"optimizer.lr_factors: no part is called {prefix!r}; there are {', '.join(parts)}.")
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
-        matching = [prefix for prefix in config.lr_factors if name.startswith(prefix)]
+        matching = [prefix for prefix in config.lr_factors if _within(name, prefix)]
         factor = config.lr_factors[max(matching, key=len)] if matching else 1.0
         groups.setdefault((factor, decays(name, parameter)), []).append(parameter)
     return [
@@ -41,6 +39,11 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
         }
         for (factor, decay), parameters in groups.items()
     ]
+
+
+def _within(name: str, part: str) -> bool:
+    """Whether the parameter belongs to that part of the model: whole names only, so that `text` is not `text_projection`."""
+    return name == part or name.startswith(part + ".")
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -66,8 +69,6 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sta
         ValueError: it is of other parameters.
     """
     names = _names(model, optimizer)
-    if "param_groups" in state:  # as saved before 22 November: by number
-        state = {names[int(index)]: values for index, values in state["state"].items()}
     if strangers := sorted(set(state) - set(names)):
         raise ValueError(f"the optimizer's state is of other parameters, {len(strangers)} such as {strangers[0]}")
     # What the task never used has none.

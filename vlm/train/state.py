@@ -49,8 +49,6 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 def restore_random_state(states: list[dict[str, torch.Tensor]], rank: int, world: int, device: torch.device) -> None:
     """Puts this rank's generators back. states: of all ranks. With another number of ranks no state is this rank's, and it keeps its fresh seed."""
-    if isinstance(states, dict):  # as saved before 22 November
-        states = [states]
     if len(states) != world:
         return
     state = states[rank]
