@@ -32,7 +32,7 @@ from vlm.config import (
     TokenizerConfig,
     VqaConfig,
 )
-from vlm.data.samples import CaptionEncoder, QuestionEncoder
+from vlm.data.samples import CaptionEncoder, JointEncoder, QuestionEncoder
 from vlm.data.shards import ShardSet, ShardWriter, load_index
 from vlm.data.text import Tokenizer
 from vlm.errors import ConfigError, UserError
@@ -313,6 +313,9 @@ def test_a_split_without_shards_says_which() -> None:
 def test_each_task_reads_what_it_learns(shards: Callable[..., ShardSet], tiny_config: MakeConfig) -> None:
     data = DataConfig(blank_images=True, max_tokens=20, prompt="a picture of", question_prompt="{question} ->")
     parts = build_parts(Config(model=tiny_config(), data=data), [shards()])
+    joint = replace(parts.config, data=replace(data, questions=True, texts_per_image="all"))
+    assert isinstance(sample_encoder(joint, parts.tokenizer, 32, training=True), JointEncoder)
+    assert isinstance(sample_encoder(joint, parts.tokenizer, 32, training=False), CaptionEncoder)  # for retrieval
     tasks = {"pretraining": Pretraining, "captioning": CaptioningTask, "vqa": PromptedVqa}
     for name, kind in tasks.items():
         config = replace(parts.config, task=name, vqa=VqaConfig(inference="generate"))  # type: ignore[arg-type]

@@ -272,6 +272,11 @@ def test_yaml_round_trip(config: Config, write: WriteYaml) -> None:
             "task: vqa\ndata: {question_prompt: 'question:'}",
             "data.question_prompt='question:' must contain {question}.",
         ),
+        ("data: {questions: true}", "data.questions needs objectives.captioning above 0 (it is 0)"),
+        (
+            "data: {questions: true}\nobjectives: {captioning: 1.0}\nvqa: {form: encoder_decoder}",
+            "data.questions needs objectives.captioning above 0 (it is 1), which learns the answers, and vqa.form=prompted",
+        ),
         ("train: {averaging: 1.0}", "train.averaging=1.0; expected 0 (off) to below 1."),
         (
             "data: {max_tokens: 33}\nmodel: {text: {max_positions: 36}}",

@@ -12,7 +12,7 @@ from vlm.data.collate import SampleEncoder
 from vlm.data.images import EvaluationTransform, TrainingTransform
 from vlm.data.index import ShardSet, load_index
 from vlm.data.loader import Loader
-from vlm.data.samples import CaptionEncoder, QuestionEncoder
+from vlm.data.samples import CaptionEncoder, JointEncoder, QuestionEncoder
 from vlm.data.scan import image_ids, texts
 from vlm.data.text import Tokenizer, clean_caption, train_wordpiece, trim
 from vlm.errors import ConfigError, UserError
@@ -126,10 +126,10 @@ def _tokenizer_and_text(config: Config, sets: Sequence[ShardSet]) -> tuple[Token
     source = settings.source or config.text_weights
     if source is None:
         say(f"training a WordPiece vocabulary of at most {settings.vocab_size} tokens on the shards' text")
-        return train_wordpiece(_all_text(config, sets), settings.vocab_size), None, text
+        return train_wordpiece([*_all_text(config, sets), *_prompts(config)], settings.vocab_size), None, text
     tokenizer = Tokenizer.load(source)
     if settings.trim:
-        tokenizer, kept = trim(tokenizer, _all_text(config, sets))
+        tokenizer, kept = trim(tokenizer, _all_text(config, sets), settings.min_count, _prompts(config))
         say(f"vocabulary trimmed to {tokenizer.vocab_size} tokens that occur")
         if weights is not None:
             weights = trim_vocabulary(weights, torch.tensor(kept))
@@ -141,11 +141,13 @@ def _tokenizer_and_text(config: Config, sets: Sequence[ShardSet]) -> tuple[Token
 
 
 def _all_text(config: Config, sets: Sequence[ShardSet]) -> list[str]:
-    """The training shards' text and that of later tasks, cleaned as the model will see it, and the prompts."""
+    """The training shards' distinct texts and those of later tasks, cleaned as the model will see them."""
     more = [load_index(folder) for folder in config.tokenizer.trim_to]
-    found = {clean_caption(text) for text in texts([*sets, *more])}
-    prompt = config.data.question_prompt.replace("{question}", " ")
-    return sorted(found | {config.data.prompt, prompt})
+    return sorted({clean_caption(text) for text in texts([*sets, *more])})
+
+
+def _prompts(config: Config) -> list[str]:
+    return [config.data.prompt, config.data.question_prompt.replace("{question}", " ")]
 
 
 def sample_encoder(config: Config, tokenizer: Tokenizer, image_size: int, training: bool) -> SampleEncoder:
@@ -156,20 +158,21 @@ def sample_encoder(config: Config, tokenizer: Tokenizer, image_size: int, traini
         if training
         else EvaluationTransform(image_size)
     )
+    question = QuestionEncoder(
+        tokenizer,
+        transform,
+        training,
+        form=config.vqa.form,
+        question_prompt=data.question_prompt,
+        max_question_tokens=data.max_tokens,
+        max_answer_tokens=data.max_answer_tokens,
+        texts_per_image=data.texts_per_image if training else "all",
+        seed=config.seed,
+    )
     if config.task == "vqa":
-        return QuestionEncoder(
-            tokenizer,
-            transform,
-            training,
-            form=config.vqa.form,
-            question_prompt=data.question_prompt,
-            max_question_tokens=data.max_tokens,
-            max_answer_tokens=data.max_answer_tokens,
-            texts_per_image=data.texts_per_image if training else "all",
-            seed=config.seed,
-        )
+        return question
     masks = training and config.task == "pretraining" and config.objectives.masked_language > 0
-    return CaptionEncoder(
+    caption = CaptionEncoder(
         tokenizer,
         transform,
         training,
@@ -179,6 +182,14 @@ def sample_encoder(config: Config, tokenizer: Tokenizer, image_size: int, traini
         masking_probability=config.objectives.masking_probability if masks else None,
         seed=config.seed,
     )
+    if training and answers_questions(config):
+        return JointEncoder(caption, question, config.objectives.answer_weight)
+    return caption
+
+
+def answers_questions(config: Config) -> bool:
+    """Whether the run's model learns to answer."""
+    return config.task == "vqa" or (config.task == "pretraining" and config.data.questions)
 
 
 def training_loader(config: Config, parts: Parts, sets: Sequence[ShardSet], ranks: Ranks) -> Loader:

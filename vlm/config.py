@@ -105,7 +105,9 @@ class TokenizerConfig:
     vocab_size: int = 8000
     """Size of a trained WordPiece vocabulary."""
     trim: bool = False
-    """Keep only the tokens that occur in the training text (and all single characters)."""
+    """Keep only the tokens that occur in the training text (and the letters, so that any word can be spelt)."""
+    min_count: int = 1
+    """With trim: in how many places a token must occur; rarer words are spelt in pieces."""
     trim_to: tuple[str, ...] = ()
     """More shard folders whose text counts when trimming or training the vocabulary (later tasks of the same model)."""
 
@@ -154,6 +156,8 @@ class DataConfig:
     """RandAugment: operations and magnitude, without colour reversal; null turns it off."""
     texts_per_image: Literal["one", "all"] = "one"
     """Captions or questions of an image that a training step takes: one drawn at random, or all, which share the image's encoding."""
+    questions: bool = False
+    """Pretraining also on the records' questions, in the VQA form `prompted`: one model then makes captions and answers."""
     allow_overlap: bool = False
     """Allow evaluation images that are also training images."""
     blank_images: bool = False
@@ -176,6 +180,8 @@ class ObjectivesConfig:
     """Share of the tokens hidden for masked_language."""
     label_smoothing: float = 0.1
     """Label smoothing of captioning and answers (PyTorch's definition)."""
+    answer_weight: float = 1.0
+    """With data.questions: weight of an answer's token in `captioning` beside a caption's, of which there are far more."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from vlm.build import (
     Parts,
+    answers_questions,
     build_parts,
     build_task,
     check_held_out,
@@ -31,13 +32,13 @@ from vlm.data.loader import Loader
 from vlm.data.scan import scan
 from vlm.data.text import Tokenizer
 from vlm.errors import ConfigError, UserError
+from vlm.memory import keep_freed_memory
 from vlm.model.pretrained import load_pretrained, restore_folder
 from vlm.settings import config_to_yaml
 from vlm.settings_check import check_lengths
 from vlm.tasks.task import Record, Task
 from vlm.train import distributed
 from vlm.train.distributed import Ranks
-from vlm.memory import keep_freed_memory
 from vlm.train.report import number, replace_text, say
 from vlm.train.state import load_state
 from vlm.train.trainer import Trainer
@@ -253,7 +254,7 @@ def _named(sets: Sequence[ShardSet]) -> dict[str, ShardSet]:
 
 
 def _answer_list(config: Config, sets: Sequence[ShardSet]) -> list[str]:
-    if config.task != "vqa":
+    if not answers_questions(config):
         return []
     from vlm.tasks.vqa import answer_list
 

@@ -8,6 +8,7 @@ from vlm.errors import ConfigError
 
 ABOVE_0 = (
     *("data.batch_size", "data.streams", "data.shuffle_block", "data.max_answer_tokens", "tokenizer.vocab_size"),
+    "tokenizer.min_count",
     *("model.embed_dim", "model.temperature", "model.decoder_layers"),
     *(
         "model.text.dim",
@@ -23,7 +24,13 @@ ABOVE_0 = (
 FROM_0 = (
     *("data.workers", "optimizer.weight_decay", "optimizer.warmup_steps", "optimizer.min_lr_factor", "optimizer.clip"),
     *("train.evaluate_every", "generation.min_length", "generation.no_repeat_ngram"),
-    *("objectives.contrastive", "objectives.matching", "objectives.masked_language", "objectives.captioning"),
+    *(
+        "objectives.contrastive",
+        "objectives.matching",
+        "objectives.masked_language",
+        "objectives.captioning",
+        "objectives.answer_weight",
+    ),
 )
 SHARES = (
     *("model.text.dropout", "model.text.attention_dropout", "model.image.drop_path", "objectives.label_smoothing"),
@@ -58,7 +65,12 @@ def check(config: Config) -> None:
         raise ConfigError(
             "model.fusion=late needs layers with cross-attention; name the last ones in model.text.cross_attention."
         )
-    if config.task == "vqa" and "{question}" not in data.question_prompt:
+    if data.questions and (config.objectives.captioning == 0 or config.vqa.form != "prompted"):
+        raise ConfigError(
+            f"data.questions needs objectives.captioning above 0 (it is {config.objectives.captioning:g}), which learns the answers, "
+            f"and vqa.form=prompted (it is {config.vqa.form})."
+        )
+    if (config.task == "vqa" or data.questions) and "{question}" not in data.question_prompt:
         raise ConfigError(f"data.question_prompt={data.question_prompt!r} must contain {{question}}.")
     if config.init_from is None:  # else the model is the checkpoint's, and the caller checks once more
         check_lengths(config)

@@ -206,7 +206,13 @@ def test_joint_encoder_takes_what_a_record_has() -> None:
     assert torch.equal(both.image, caption(record(), 0).image)
     assert len(encode(record(captions=[]), 0).texts) == 4
     assert len(encode(record(questions=[]), 0).texts) == 5
-    assert collate([both], encode.pad_id).texts.image.tolist() == [0] * 9
+    batch = collate([both], encode.pad_id)
+    assert batch.texts.image.tolist() == [0] * 9
+    assert batch.texts.describes.tolist() == [True] * 5 + [False] * 4
+    assert batch.masked is not None  # of captions only
+    assert set((batch.masked.positions // batch.texts.ids.shape[1]).tolist()) <= set(range(5))
+    heavy = JointEncoder(encode.caption, encode.question, answer_weight=3.0)(record(), 0).texts
+    assert [t.weight for t in heavy] == [t.weight * (1.0 if t.describes else 3.0) for t in both.texts]
     with pytest.raises(BadRecord, match="in record coco/k1"):
         encode(record([], []), 0)
 

@@ -186,6 +186,15 @@ def test_trimming_spells_the_same(tokenizer: Tokenizer) -> None:
     assert all_kept == list(range(trimmed.vocab_size))
 
 
+def test_trimming_drops_what_is_rare_except_what_must_stay(tokenizer: Tokenizer) -> None:
+    texts = ["a dog runs", "a dog jumps", "a cat sleeps"]
+    trimmed, _ = trim(tokenizer, texts, min_count=2, always=["cat"])
+    known = set(trimmed.tokens(range(trimmed.vocab_size)))
+    assert {"a", "dog", "cat"} <= known
+    assert "sleeps" not in known
+    assert trimmed.decode(trimmed.encode("a cat sleeps")) == "a cat sleeps"  # spelt in pieces
+
+
 def test_trimming_moves_special_ids(tmp_path: Path) -> None:
     """BERT's own order: [PAD] first, the other special tokens after [unused] ones; and BLIP's two added at the end."""
     words = ["[PAD]", *(f"[unused{i}]" for i in range(9)), *SPECIAL[1:], "a", "b", "##b", "cat", "dog", "##s"]

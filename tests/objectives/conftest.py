@@ -25,6 +25,7 @@ def make_batch() -> Callable[..., Batch]:
         image_ids: Sequence[int] | None = None,
         prompt: Sequence[int] | None = None,
         weight: Sequence[float] | None = None,
+        describes: Sequence[bool] | None = None,
     ) -> Batch:
         count, length = len(ids), len(ids[0])
         texts = Texts(
@@ -33,6 +34,7 @@ def make_batch() -> Callable[..., Batch]:
             torch.tensor(image or list(range(count))),
             torch.tensor(prompt or [1] * count),
             torch.tensor(weight or [1.0] * count),
+            torch.tensor(describes or [True] * count),
         )
         images = int(texts.image.max()) + 1
         whose = torch.tensor(image_ids or list(range(1, images + 1)))

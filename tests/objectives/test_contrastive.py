@@ -84,10 +84,13 @@ def test_equal_images_in_two_slots_are_positives_of_each_other(
     torch.testing.assert_close(two_slots.sum, one_slot.sum, rtol=0, atol=1e-12)
 
 
-def test_a_slot_without_weight_takes_no_part(evaluate: Callable[..., Loss], make_batch: MakeBatch) -> None:
+@pytest.mark.parametrize("absent", [{"weight": [1.0, 1.0, 0.0, 1.0]}, {"describes": [True, True, False, True]}])
+def test_a_slot_without_weight_and_a_question_take_no_part(
+    evaluate: Callable[..., Loss], make_batch: MakeBatch, absent: dict[str, list[Any]]
+) -> None:
     # A bad sample's slot holds the preceding good sample: equal image, equal text, weight 0.
     image, text = (unit(4).detach()[[0, 1, 1, 3]].requires_grad_() for _ in range(2))
-    with_slot = evaluate(make_batch(texts(4), image_ids=[1, 2, 2, 3], weight=[1.0, 1.0, 0.0, 1.0]), image, text)
+    with_slot = evaluate(make_batch(texts(4), image_ids=[1, 2, 2, 3], **absent), image, text)
     kept = torch.tensor([0, 1, 3])
     without = evaluate(make_batch(texts(3)), image[kept], text[kept])
     torch.testing.assert_close(with_slot.sum, without.sum, rtol=0, atol=1e-12)

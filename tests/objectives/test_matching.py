@@ -78,10 +78,11 @@ def test_negatives_are_those_most_alike(heads: Any, make_batch: MakeBatch, make_
     assert negatives.tolist() == [2, 0, 1]
 
 
-def test_a_slot_without_weight_is_never_a_negative_and_never_counts(
-    heads: Any, make_batch: MakeBatch, make_features: Features
+@pytest.mark.parametrize("absent", [{"weight": [1.0, 1.0, 0.0, 1.0]}, {"describes": [True, True, False, True]}])
+def test_a_slot_without_weight_and_a_question_are_never_negatives_and_never_count(
+    heads: Any, make_batch: MakeBatch, make_features: Features, absent: dict[str, list[Any]]
 ) -> None:
-    batch = make_batch(texts(4), weight=[1.0, 1.0, 0.0, 1.0])
+    batch = make_batch(texts(4), **absent)
     features = make_features(batch, torch.ones(4, 2), torch.ones(4, 2))
     torch.manual_seed(0)
     for _ in range(100):

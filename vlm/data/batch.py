@@ -41,7 +41,8 @@ class Texts(_Tensors):
     """Captions, or questions, or a prompt with its continuation.
 
     ids: (T, L) int64. mask: (T, L) bool, true where a token stands. image: (T,) int64, the row of its image. prompt: (T,) int64, how many leading
-    tokens are not predicted, the first token included (1 without a prompt). weight: (T,) float32, 0 for the slot of a bad sample.
+    tokens are not predicted, the first token included (1 without a prompt). weight: (T,) float32, 0 for the slot of a bad sample. describes: (T,)
+    bool, true for captions, which can be compared with images, false for questions.
     """
 
     ids: Tensor
@@ -49,6 +50,7 @@ class Texts(_Tensors):
     image: Tensor
     prompt: Tensor
     weight: Tensor
+    describes: Tensor
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class Batch(_Tensors):
             torch.arange(images).repeat_interleave(texts_per_image),
             torch.ones(count, dtype=torch.long),
             torch.ones(count),
+            torch.ones(count, dtype=torch.bool),
         )
         answer_part = masked_part = None
         if answers:

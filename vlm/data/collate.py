@@ -19,7 +19,8 @@ class EncodedText:
     """One text of an image as token ids, `[CLS] w1 .. wn [SEP]` without padding.
 
     prompt: leading tokens that are not predicted. weight: 0 takes the text out of every loss. source: the record that it came from. masked_ids: `ids`
-    with some tokens hidden, at the positions `masked_at`; None where nothing is masked. answers: (token ids, weight) of each answer to a question.
+    with some tokens hidden, at the positions `masked_at`; None where nothing is masked. answers: (token ids, weight) of each answer to a
+    question. describes: whether it says what the image shows; false for a question.
     """
 
     ids: list[int]
@@ -29,6 +30,7 @@ class EncodedText:
     masked_ids: list[int] | None = None
     masked_at: Sequence[int] = ()
     answers: Sequence[tuple[list[int], float]] = ()
+    describes: bool = True
 
 
 @dataclass
@@ -84,6 +86,7 @@ def collate(
             torch.tensor(rows, dtype=torch.long),
             torch.tensor([t.prompt for t in texts], dtype=torch.long),
             torch.tensor([t.weight for t in texts], dtype=torch.float32),
+            torch.tensor([t.describes for t in texts], dtype=torch.bool),
         ),
         answers=_answers(texts, pad_id),
         masked=_masked(texts, pad_id, ids.shape[1]),

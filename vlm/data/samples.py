@@ -124,16 +124,16 @@ class QuestionEncoder:
     def _question(self, question: dict[str, Any], weights: dict[str, float]) -> list[EncodedText]:
         ids = self.tokenizer.encode(clean_question(question["question"]), self.max_question_tokens)
         answers = [(self.tokenizer.encode(a, self.max_answer_tokens), w) for a, w in weights.items()]
-        return [EncodedText(ids, source=_source(question), answers=answers if self.training else ())]
+        return [EncodedText(ids, source=_source(question), answers=answers if self.training else (), describes=False)]
 
     def _prompted(self, question: dict[str, Any], weights: dict[str, float]) -> list[EncodedText]:
         prompt = self.prompt_ids(question["question"])
         if not self.training:
-            return [EncodedText(prompt, len(prompt), source=_source(question))]
+            return [EncodedText(prompt, len(prompt), source=_source(question), describes=False)]
         texts = []
         for answer, weight in weights.items():
             rest = self.tokenizer.encode(answer, self.max_answer_tokens)[1:]
-            texts.append(EncodedText([*prompt, *rest], len(prompt), weight, _source(question)))
+            texts.append(EncodedText([*prompt, *rest], len(prompt), weight, _source(question), describes=False))
         return texts
 
     def prompt_ids(self, question: str) -> list[int]:
@@ -150,6 +150,8 @@ class JointEncoder:
 
     caption: CaptionEncoder
     question: QuestionEncoder
+    answer_weight: float = 1.0
+    """Weight of an answer's token beside a caption's: there are far fewer of them."""
 
     @property
     def pad_id(self) -> int:
@@ -160,9 +162,9 @@ class JointEncoder:
         """Raises BadRecord with neither, BadImage without an image."""
         texts: list[EncodedText] = []
         failure: BadRecord | None = None
-        for encoder in (self.caption, self.question):
+        for encoder, weight in ((self.caption, 1.0), (self.question, self.answer_weight)):
             try:
-                texts += encoder.texts(record, epoch)
+                texts += [replace(text, weight=weight * text.weight) for text in encoder.texts(record, epoch)]
             except BadRecord as error:
                 failure = error
         if not texts and failure is not None:

@@ -6,6 +6,7 @@ Token ids of a text are always `[CLS] w1 .. wn [SEP]`.
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -181,11 +182,14 @@ def _one_thread() -> Iterator[None]:
             os.environ[name] = before
 
 
-def trim(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[Tokenizer, list[int]]:
+def trim(
+    tokenizer: Tokenizer, texts: Iterable[str], min_count: int = 1, always: Iterable[str] = ()
+) -> tuple[Tokenizer, list[int]]:
     """A WordPiece tokenizer with fewer tokens, and for each of its ids the id before: `embedding[kept]` is its embedding.
 
-    Kept are the tokens that occur in `texts`, the special ones, and all single characters, so that any other word can still be spelt. The texts
-    are tokenized as before: WordPiece takes the longest piece that fits, and that one is still there.
+    Kept are the tokens that occur in `texts` at least `min_count` times or in `always`, the special ones, and the single characters of ASCII, so
+    that any other word can still be spelt. With a `min_count` of 1 the texts are tokenized as before: WordPiece takes the longest piece that fits,
+    and that one is still there.
     """
     content: dict[str, Any] = json.loads(tokenizer.to_json())
     if content["model"]["type"] != "WordPiece":
@@ -194,8 +198,12 @@ def trim(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[Tokenizer, list[in
         )
     vocab: dict[str, int] = tokenizer._inner.get_vocab(with_added_tokens=True)
     kept = set(tokenizer.special_ids)
-    kept.update(i for token, i in vocab.items() if len(token.removeprefix("##")) == 1)
+    kept.update(i for token, i in vocab.items() if len(token.removeprefix("##")) == 1 and token.isascii())
+    counts: Counter[int] = Counter()
     for text in texts:
+        counts.update(tokenizer.pieces(text))
+    kept.update(i for i, count in counts.items() if count >= min_count)
+    for text in always:
         kept.update(tokenizer.pieces(text))
     old_ids = sorted(kept)
     new_ids = {old: new for new, old in enumerate(old_ids)}

@@ -16,13 +16,13 @@ from vlm.objectives.objective import Features, Loss, Pass
 
 
 class Contrastive:
-    """Softmax cross-entropy both ways. All texts of an image are its positives; slots of bad samples take no part."""
+    """Softmax cross-entropy both ways. All captions of an image are its positives; questions and slots of bad samples take no part."""
 
     scope: Literal["pair", "micro"] = "pair"
 
     def count(self, batch: Batch) -> Tensor:
-        """Texts with weight; each direction is averaged over its own rows."""
-        return (batch.texts.weight > 0).sum()
+        """Captions with weight; each direction is averaged over its own rows."""
+        return comparable(batch).sum()
 
     def requests(self, model: VisionLanguageModel, features: Features, batch: Batch) -> Sequence[Pass]:  # noqa: ARG002
         """None: the embeddings are there."""
@@ -35,7 +35,7 @@ class Contrastive:
         # One image row for each text, so that rows and columns mean the same on both sides.
         image_embedding = features.image.embedding.index_select(0, batch.texts.image)
         ids = batch.image_ids.index_select(0, batch.texts.image)
-        valid = batch.texts.weight > 0
+        valid = comparable(batch)
         all_image, all_text = gather(image_embedding), gather(text.embedding)
         all_ids, all_valid = gather(ids), gather(valid)
         to_text = contrastive_rows(image_embedding, all_text, ids, all_ids, all_valid, model.temperature)
@@ -44,6 +44,11 @@ class Contrastive:
         count = self.count(batch)
         right = ((to_text.right & valid).sum() + (to_image.right & valid).sum()) / 2
         return Loss(total, count, {"accuracy": (right, count)})
+
+
+def comparable(batch: Batch) -> Tensor:
+    """(T,) bool: texts that say what their image shows and have weight."""
+    return batch.texts.describes & (batch.texts.weight > 0)
 
 
 class _Rows(NamedTuple):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vlm.data.batch import Batch
 from vlm.model.vision_language import VisionLanguageModel
+from vlm.objectives.contrastive import comparable
 from vlm.objectives.objective import Features, Loss, Pass, exact
 
 
@@ -58,7 +59,7 @@ class Matching:
 def eligibility(batch: Batch) -> tuple[Tensor, Tensor]:
     """(T,) texts that take part, and (T, T): whether text j's image and text may serve as a negative for text i."""
     ids = batch.image_ids.index_select(0, batch.texts.image)
-    usable = batch.texts.weight > 0
+    usable = comparable(batch)
     return usable, (ids[:, None] != ids[None, :]) & usable
 
 
