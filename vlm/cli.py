@@ -81,6 +81,17 @@ def _parser() -> argparse.ArgumentParser:
         kind.add_argument("--json", action="store_true", help="print one JSON object")
         kind.set_defaults(run=_score)
 
+    export = commands.add_parser("export", help="make checkpoints ready to hand on: averaged, halved, cut into files")
+    export.add_argument(
+        "checkpoints", type=Path, nargs="+", metavar="DIR", help="one checkpoint, or several of one shape to average"
+    )
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new checkpoint folder")
+    export.add_argument("--half", action="store_true", help="float16 on the disk")
+    export.add_argument(
+        "--max-file-mib", type=float, default=5120, metavar="N", help="largest file of weights (default: %(default)g)"
+    )
+    export.set_defaults(run=_export)
+
     plot = commands.add_parser("plot", help="draw the curves of one or several runs")
     plot.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     plot.add_argument("--out", type=Path, metavar="PNG", help="default: curves.png in the first run's folder")
@@ -143,6 +154,14 @@ def _score(arguments: argparse.Namespace, _: list[str]) -> int:
     else:
         scores = score_captions(arguments.references, arguments.predictions)
     print(json.dumps(scores) if arguments.json else format_scores(scores))  # noqa: T201
+    return 0
+
+
+def _export(arguments: argparse.Namespace, _: list[str]) -> int:
+    from vlm.export import export
+
+    size = export(arguments.checkpoints, arguments.out, arguments.half, int(arguments.max_file_mib * 2**20))
+    print(f"{arguments.out}: {size / 1e6:.1f} MB of weights")  # noqa: T201
     return 0
 
 
