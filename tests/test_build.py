@@ -305,6 +305,22 @@ def test_what_was_trained_on_is_not_evaluated(
         check_held_out(later, val, allow=False)
 
 
+def test_the_reward_joins_captioning_and_pretraining(shards: Callable[..., ShardSet], tiny_config: MakeConfig) -> None:
+    train = shards()
+    parts = build_parts(Config(model=tiny_config()), [train])
+    for task, captioning, weights in (
+        ("captioning", 0.0, {"self_critical": 1.0}),
+        ("captioning", 0.5, {"captioning": 0.25, "self_critical": 1.0}),
+        ("pretraining", 0.5, {"captioning": 0.5, "self_critical": 2.0}),
+    ):
+        objectives = ObjectivesConfig(
+            contrastive=0, matching=0, masked_language=0, captioning=captioning, self_critical=2.0
+        )
+        config = replace(parts.config, task=task, objectives=objectives)  # type: ignore[arg-type]
+        assert build_task(config, parts, sets=[train]).weights == weights
+    assert build_task(replace(config, task="captioning"), parts).weights == {"captioning": 1.0}  # for evaluation alone
+
+
 def test_a_split_without_shards_says_which() -> None:
     with pytest.raises(ConfigError, match=r"data.splits.val is empty"):
         load_sets(SplitsConfig().val, "data.splits.val")

@@ -17,10 +17,12 @@ from vlm.data.scan import image_ids, texts
 from vlm.data.text import Tokenizer, clean_caption, train_wordpiece, trim
 from vlm.errors import ConfigError, UserError
 from vlm.model.convert.bert import TextWeights, load_bert_folder, trim_vocabulary
+from vlm.model.generation import Rules
 from vlm.model.initialise import decoder_from_fusion, load_by_name, load_text_weights
 from vlm.model.pretrained import load_metadata, model_config, read_weights
 from vlm.model.vision_language import VisionLanguageModel
-from vlm.tasks.captioning import CaptioningTask
+from vlm.objectives.self_critical import SelfCritical
+from vlm.tasks.captioning import CaptioningTask, caption_reward
 from vlm.tasks.pretraining import Pretraining
 from vlm.tasks.task import Task
 from vlm.tasks.vqa import build_vqa
@@ -223,27 +225,51 @@ def evaluation_loader(config: Config, parts: Parts, shards: ShardSet, ranks: Ran
     )
 
 
-TASKS: dict[str, Callable[[Config, Parts, Sequence[str]], Task]] = {
-    "pretraining": lambda config, parts, _: Pretraining(parts.model, config.objectives),
-    "captioning": lambda config, parts, _: CaptioningTask(
-        parts.model, parts.tokenizer, config.objectives.label_smoothing, config.data.prompt, config.generation
+def _self_critical(config: Config, parts: Parts, sets: Sequence[ShardSet]) -> SelfCritical | None:
+    if config.objectives.self_critical == 0 or not sets:
+        return None
+    tokenizer, prompt = parts.tokenizer, config.data.prompt
+    first = tokenizer.encode(prompt)[:-1] if prompt else [tokenizer.cls_id]
+    rules = Rules(end_id=tokenizer.sep_id, max_length=config.generation.max_length)
+    return SelfCritical(first, rules, caption_reward(tokenizer, sets))
+
+
+def _captioning(config: Config, parts: Parts, sets: Sequence[ShardSet]) -> CaptioningTask:
+    objectives, self_critical = config.objectives, _self_critical(config, parts, sets)
+    weight = 1.0 if self_critical is None else objectives.captioning / objectives.self_critical
+    return CaptioningTask(
+        parts.model,
+        parts.tokenizer,
+        objectives.label_smoothing,
+        config.data.prompt,
+        config.generation,
+        self_critical,
+        weight,
+    )
+
+
+TASKS: dict[str, Callable[[Config, Parts, Sequence[str], Sequence[ShardSet]], Task]] = {
+    "pretraining": lambda config, parts, _, sets: Pretraining(
+        parts.model, config.objectives, _self_critical(config, parts, sets)
     ),
-    "vqa": lambda config, parts, answers: build_vqa(parts.model, parts.tokenizer, config, answers),
+    "captioning": lambda config, parts, _, sets: _captioning(config, parts, sets),
+    "vqa": lambda config, parts, answers, _: build_vqa(parts.model, parts.tokenizer, config, answers),
 }
 
 
-def build_task(config: Config, parts: Parts, answers: Sequence[str] = ()) -> Task:
-    """The task around the model. answers: the answer list of VQA.
+def build_task(config: Config, parts: Parts, answers: Sequence[str] = (), sets: Sequence[ShardSet] = ()) -> Task:
+    """The task around the model. answers: the answer list of VQA. sets: the training shards, where it is to be trained.
 
     Raises:
         ConfigError: its parts do not fit together.
     """
-    captions = config.task == "captioning" or (config.task == "pretraining" and config.objectives.captioning > 0)
+    pretrained = config.objectives.captioning > 0 or config.objectives.self_critical > 0
+    captions = config.task == "captioning" or (config.task == "pretraining" and pretrained)
     if captions and parts.model.decoder is not None and parts.model.config.decoder_reads == "question":
         raise ConfigError(
             "captions need a decoder that reads the image; set model.decoder=separate and model.decoder_reads=image."
         )
-    task = TASKS[config.task](config, parts, answers)
+    task = TASKS[config.task](config, parts, answers, sets)
     task.blank_images = config.data.blank_images
     return task
 

@@ -166,7 +166,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectivesConfig:
-    """Weights of the pretraining objectives (0 leaves one out) and their settings."""
+    """Weights of the objectives (0 leaves one out) and their settings."""
 
     contrastive: float = 1.0
     """Image-text contrastive."""
@@ -176,6 +176,9 @@ class ObjectivesConfig:
     """Masked language modelling given the image."""
     captioning: float = 0.0
     """Causal captioning."""
+    self_critical: float = 0.0
+    """Captions drawn from the model, rewarded by CIDEr-D against their image's references; for the end of training. In the task captioning
+    it takes the place of the cross-entropy, to which `captioning` then gives a weight."""
     masking_probability: float = 0.15
     """Share of the tokens hidden for masked_language."""
     label_smoothing: float = 0.1

@@ -88,7 +88,7 @@ def _train(config: Config, ranks: Ranks, resume: bool) -> dict[str, Any]:
     for shards in held_out:
         check_held_out(trained_on, shards, config.data.allow_overlap)
     answers = _answer_list(config, sets)
-    task = build_task(parts.config, parts, answers)
+    task = build_task(parts.config, parts, answers, sets)
     loader = training_loader(config, parts, sets, ranks)
     evaluators = {name: evaluation_loader(config, parts, shards, ranks) for name, shards in _named(held_out).items()}
 
@@ -280,7 +280,7 @@ def _dry_run(config: Config, ranks: Ranks) -> None:
     trained_on = training_images(sets, config.init_from)
     for shards in held_out:
         check_held_out(trained_on, shards, config.data.allow_overlap)
-    task = build_task(parts.config, parts, _answer_list(config, sets))
+    task = build_task(parts.config, parts, _answer_list(config, sets), sets)
     loader = training_loader(config, parts, sets, ranks)
 
     def refuse(name: str, *_: Any) -> Path:

@@ -30,6 +30,7 @@ FROM_0 = (
         "objectives.masked_language",
         "objectives.captioning",
         "objectives.answer_weight",
+        "objectives.self_critical",
     ),
 )
 SHARES = (

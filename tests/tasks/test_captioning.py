@@ -2,16 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from vlm.config import GenerationConfig, ModelConfig
+from vlm.data.index import load_index
 from vlm.data.samples import CaptionEncoder
+from vlm.data.shards import ShardWriter
+from vlm.data.text import tidy
 from vlm.metrics.captions import caption_scores
 from vlm.model.vision_language import VisionLanguageModel
-from vlm.tasks.captioning import CaptioningTask, generation_rules
+from vlm.tasks.captioning import CaptioningTask, caption_reward, generation_rules
 
 PROMPT = "a picture of"
 
@@ -71,6 +75,24 @@ def test_a_record_an_image_with_all_its_references(scenes: Any, tiny_model: Call
     expected = caption_scores({r["key"]: r["references"] for r in records}, {r["key"]: r["caption"] for r in records})
     assert found["CIDEr"] == 100 * expected.CIDEr
     assert found["ROUGE_L"] == 100 * expected.ROUGE_L
+
+
+def test_the_reward_is_the_metric(scenes: Any, tmp_path: Path) -> None:
+    """Of the training captions themselves it is CIDEr-D as it is reported."""
+    texts = {
+        "a": ["A red dog, running.", "a dog runs on grass"],
+        "b": ["two cats sleep", "Two cats on a bed"],
+        "c": ["a man"],
+    }
+    with ShardWriter(tmp_path / "shards", "toy") as writer:
+        for key, captions in texts.items():
+            writer.write(key, b"img", captions=captions, image_id=key)
+    reward = caption_reward(scenes.tokenizer, [load_index(tmp_path / "shards")])
+    drawn = ["a red square", "a dog runs", ""]
+    ids = [scenes.tokenizer.encode(text)[1:-1] for text in drawn]
+    said = {key: tidy(scenes.tokenizer.decode(tokens)) for key, tokens in zip(texts, ids, strict=True)}
+    expected = caption_scores(texts, said).cider_per_image
+    assert reward(ids, list(texts.values())) == pytest.approx(list(expected.values()), abs=1e-12)
 
 
 def test_rules_from_the_settings(scenes: Any) -> None:

@@ -182,37 +182,62 @@ def _longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> 
 
 
 def _cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """CIDEr-D of each caption; an n-gram's weight is log(images / images with a reference that holds it)."""
-    counted = [[_ngrams(caption.split()) for caption in captions] for captions in references]
-    images_with = Counter(
-        ngram
-        for captions in counted
-        for ngram in {ngram for caption in captions for counts in caption for ngram in counts}
-    )
-    log_images = math.log(len(references))
-    log_images_with = {ngram: math.log(count) for ngram, count in images_with.items()}
+    """CIDEr-D of each caption, with the n-grams' weights of these references."""
+    metric = CiderD(references)
+    return [metric.score(candidate, captions) for candidate, captions in zip(candidates, references, strict=True)]
 
-    def weighted(caption: list[Ngrams]) -> tuple[list[dict[tuple[str, ...], float]], list[float], int]:
-        vectors = [
-            {ngram: count * (log_images - log_images_with.get(ngram, 0.0)) for ngram, count in counts.items()}
-            for counts in caption
-        ]
-        norms = [math.sqrt(sum(value**2 for value in vector.values())) for vector in vectors]
-        return vectors, norms, caption[1].total()
 
-    scores = []
-    for candidate, captions in zip(candidates, counted, strict=True):
-        vectors, norms, length = weighted(_ngrams(candidate.split()))
+@dataclass(frozen=True)
+class _Weighted:
+    """A caption's n-grams by order, weighted; their norms; how many bigrams it has."""
+
+    vectors: list[dict[tuple[str, ...], float]]
+    norms: list[float]
+    bigrams: int
+
+
+class CiderD:
+    """CIDEr-D of single captions; an n-gram's weight is log(images / images with a reference that holds it), counted once over a corpus."""
+
+    def __init__(self, references: Iterable[Sequence[str]]) -> None:
+        """references: each image's captions, tokenized, words separated by spaces."""
+        images, images_with = 0, Counter[tuple[str, ...]]()
+        for captions in references:
+            images += 1
+            images_with.update(
+                {ngram for caption in captions for counts in _ngrams(caption.split()) for ngram in counts}
+            )
+        self._log_images = math.log(images)
+        self._log_images_with = {ngram: math.log(count) for ngram, count in images_with.items()}
+        self._known: dict[str, _Weighted] = {}
+
+    def score(self, candidate: str, references: Sequence[str]) -> float:
+        """0..10, of a tokenized caption against its image's tokenized references."""
+        caption = self._weighted(candidate)
         score = 0.0
-        for caption in captions:
-            reference, reference_norms, reference_length = weighted(caption)
-            penalty = math.exp(-((length - reference_length) ** 2) / (2 * _SIGMA**2))
+        for text in references:
+            if text not in self._known:
+                self._known[text] = self._weighted(text)
+            reference = self._known[text]
+            penalty = math.exp(-((caption.bigrams - reference.bigrams) ** 2) / (2 * _SIGMA**2))
             for order in range(_ORDERS):
-                norm = norms[order] * reference_norms[order]
+                norm = caption.norms[order] * reference.norms[order]
                 if norm == 0:  # an n-gram of every image weighs nothing; a caption of such n-grams has no direction
                     continue
-                other = reference[order]
-                product = sum(min(v, other[n]) * other[n] for n, v in vectors[order].items() if n in other)
+                other = reference.vectors[order]
+                product = sum(min(v, other[n]) * other[n] for n, v in caption.vectors[order].items() if n in other)
                 score += product / norm * penalty
-        scores.append(10 * score / _ORDERS / len(captions))
-    return scores
+        return 10 * score / _ORDERS / len(references)
+
+    def _weighted(self, text: str) -> _Weighted:
+        ngrams = _ngrams(text.split())
+        vectors = [
+            {
+                ngram: count * (self._log_images - self._log_images_with.get(ngram, 0.0))
+                for ngram, count in counts.items()
+            }
+            for counts in ngrams
+        ]
+        return _Weighted(
+            vectors, [math.sqrt(sum(v**2 for v in vector.values())) for vector in vectors], ngrams[1].total()
+        )

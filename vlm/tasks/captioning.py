@@ -1,19 +1,24 @@
 """Captioning: the decoder reads the image and continues the prompt."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from vlm.config import GenerationConfig
 from vlm.data.batch import Batch
+from vlm.data.index import ShardSet
+from vlm.data.scan import scan
 from vlm.data.text import Tokenizer, tidy
-from vlm.metrics.captions import caption_scores
+from vlm.metrics.captions import CiderD, caption_scores
+from vlm.metrics.ptb import tokenize_all
 from vlm.model.attention import CrossMemory
 from vlm.model.beam_search import beam_search
 from vlm.model.generation import Generated, Rules
 from vlm.model.vision_language import VisionLanguageModel
 from vlm.objectives.captioning import Captioning
+from vlm.objectives.objective import Objective
+from vlm.objectives.self_critical import Reward, SelfCritical
 from vlm.tasks.task import Record, Task
 
 
@@ -39,6 +44,23 @@ def generate_captions(
     )
 
 
+def caption_reward(tokenizer: Tokenizer, sets: Iterable[ShardSet]) -> Reward:
+    """CIDEr-D of produced captions, with the n-grams' weights of the training captions."""
+    corpus = [record.captions for record in scan(sets) if record.captions]
+    flat = [caption for captions in corpus for caption in captions]
+    tokenized = dict(zip(flat, tokenize_all(flat), strict=True))
+    metric = CiderD([tokenized[caption] for caption in captions] for captions in corpus)
+
+    def reward(drawn: Sequence[Sequence[int]], references: Sequence[Sequence[str]]) -> list[float]:
+        candidates = tokenize_all([tidy(tokenizer.decode(ids)) for ids in drawn])
+        return [
+            metric.score(candidate, [tokenized[caption] for caption in captions])
+            for candidate, captions in zip(candidates, references, strict=True)
+        ]
+
+    return reward
+
+
 class CaptioningTask(Task):
     """Fine-tuning for captions; BLEU, ROUGE-L and CIDEr-D by the official definitions."""
 
@@ -51,8 +73,17 @@ class CaptioningTask(Task):
         label_smoothing: float,
         prompt: str,
         generation: GenerationConfig,
+        self_critical: SelfCritical | None = None,
+        captioning_weight: float = 1.0,
     ) -> None:
-        super().__init__(model, {"captioning": Captioning(label_smoothing)}, {"captioning": 1.0})
+        """self_critical: learned from as well, with weight 1. captioning_weight: of the cross-entropy; 0 leaves it out."""
+        objectives: dict[str, Objective] = {}
+        weights: dict[str, float] = {}
+        if captioning_weight > 0:
+            objectives["captioning"], weights["captioning"] = Captioning(label_smoothing), captioning_weight
+        if self_critical is not None:
+            objectives["self_critical"], weights["self_critical"] = self_critical, 1.0
+        super().__init__(model, objectives, weights)
         self.tokenizer, self.prompt, self.generation = tokenizer, prompt, generation
 
     @torch.no_grad()

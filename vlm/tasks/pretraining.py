@@ -15,11 +15,14 @@ from vlm.objectives.contrastive import Contrastive
 from vlm.objectives.masked_language import MaskedLanguage
 from vlm.objectives.matching import Matching
 from vlm.objectives.objective import Objective
+from vlm.objectives.self_critical import SelfCritical
 from vlm.tasks.task import Record, Task
 
 
-def build_objectives(config: ObjectivesConfig) -> tuple[dict[str, Objective], dict[str, float]]:
-    """The objectives whose weight is above 0, and their weights.
+def build_objectives(
+    config: ObjectivesConfig, self_critical: SelfCritical | None = None
+) -> tuple[dict[str, Objective], dict[str, float]]:
+    """The objectives whose weight is above 0, and their weights. self_critical: where that one is among them.
 
     Raises:
         ConfigError: all weights are 0.
@@ -30,10 +33,12 @@ def build_objectives(config: ObjectivesConfig) -> tuple[dict[str, Objective], di
         "masked_language": MaskedLanguage(),
         "captioning": Captioning(config.label_smoothing),
     }
+    if self_critical is not None:
+        known["self_critical"] = self_critical
     weights = {name: float(getattr(config, name)) for name in known if getattr(config, name) > 0}
     if not weights:
         raise ConfigError(
-            "objectives: all weights are 0; give at least one of contrastive, matching, masked_language, captioning."
+            "objectives: all weights are 0; give at least one of contrastive, matching, masked_language, captioning, self_critical."
         )
     return {name: known[name] for name in weights}, weights
 
@@ -43,8 +48,10 @@ class Pretraining(Task):
 
     metric = "mean_R@1"
 
-    def __init__(self, model: VisionLanguageModel, config: ObjectivesConfig) -> None:
-        super().__init__(model, *build_objectives(config))
+    def __init__(
+        self, model: VisionLanguageModel, config: ObjectivesConfig, self_critical: SelfCritical | None = None
+    ) -> None:
+        super().__init__(model, *build_objectives(config, self_critical))
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Record]:

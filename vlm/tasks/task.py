@@ -59,7 +59,7 @@ class Task(nn.Module):
         memory: dict[str, CrossMemory] = {}
         if names & {"matching", "masked_language"}:
             memory["fusion"] = self.model.memory(image.tokens, None, "fusion")
-        if "captioning" in names:
+        if names & {"captioning", "self_critical"}:
             shared = "fusion" in memory and self.model.decoder is None
             memory["decoder"] = memory["fusion"] if shared else self.model.memory(image.tokens, None, "decoder")
         return Features(image, views, memory)
