@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo test slow lint format clean
 
-demo: .venv/demo-installed  ## the main job, offline, on drawn scenes: about 8 minutes on 2 cores
+demo: .venv/demo-installed  ## the main job, offline, on drawn scenes: 4 minutes on 2 cores
 	$(BIN)/python demos/quickstart.py
 
 test: lint  ## style, types and the default tests: about 5 minutes on 2 cores

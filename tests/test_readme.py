@@ -22,6 +22,7 @@ from PIL import Image
 
 from vlm.cli import _parser, main
 from vlm.errors import UserError
+from vlm.model.pretrained import load_metadata
 from vlm.settings import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -255,6 +256,12 @@ def plot(place: Place, words: list[str]) -> None:
     place.vlm(*words[1:])
 
 
+def export(place: Place, words: list[str]) -> None:
+    place.model(words[2], "captioning")
+    place.vlm(*words[1:])
+    assert load_metadata(place.folder / option(words, "--out"))["task"] == "captioning"
+
+
 def index(place: Place, words: list[str]) -> None:
     shutil.copytree(place.scenes / "train", place.folder / words[3])
     place.vlm(*words[1:])
@@ -280,6 +287,7 @@ RULES: dict[str, tuple[str, Callable[[Place, list[str]], None]]] = {
     r"torchrun .*": ("checked", torchrun),
     r"vlm evaluate configs/.*": ("scaled down", evaluate),
     r"vlm score (vqa|captions) .*": ("executed", score),
+    r"vlm export .*": ("executed", export),
     r"vlm plot .*": ("executed", plot),
     r"vlm shards index .*": ("executed", index),
 }
