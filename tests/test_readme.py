@@ -169,6 +169,12 @@ def vqa(place: Place, words: list[str]) -> None:
     place.script(*words[1:])
 
 
+def retrieve(place: Place, words: list[str]) -> None:
+    place.photographs(words[3])
+    place.model(option(words, "--model"), "pretraining")
+    place.script(*words[1:])
+
+
 def prepare_folder(place: Place, words: list[str]) -> None:
     place.photographs(option(words, "--source"))
     place.script(*words[1:])
@@ -278,6 +284,7 @@ RULES: dict[str, tuple[str, Callable[[Place, list[str]], None]]] = {
     r"python -m vlm\.data\.synthetic .*": ("checked", synthetic),
     r"python demos/caption\.py .*": ("executed", caption),
     r"python demos/vqa\.py .*": ("executed", vqa),
+    r"python demos/retrieve\.py .*": ("executed", retrieve),
     r"python demos/quickstart\.py.*": ("checked", unrun("quickstart")),
     r"python benchmarks/startup\.py .*": ("checked", startup),
     r"python datasets/folder/prepare\.py .*": ("executed", prepare_folder),

@@ -32,6 +32,7 @@ def demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
     def run(name: str, *arguments: object, stdin: bytes = b"") -> Done:
         monkeypatch.setattr(sys, "argv", [f"demos/{name}.py", *map(str, arguments)])
+        monkeypatch.syspath_prepend(str(ROOT / "demos"))  # where Python looks first for what a script imports
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
