@@ -114,6 +114,9 @@ class Place:
     def script(self, *words: str, **replaced: Any) -> None:
         """Runs `python words` as a user does; `replaced`: functions of the script to take the place of its own."""
         self.patch.setattr(sys, "argv", list(words))
+        self.patch.syspath_prepend(
+            str(ROOT / Path(words[0]).parent)
+        )  # where Python looks first for what a script imports
         start = runpy.run_path(words[0], run_name="readme")["main"]
         start.__globals__.update(replaced)
         try:

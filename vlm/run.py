@@ -174,6 +174,7 @@ def evaluate(config: Config, checkpoint: Path, split: str, out: Path) -> dict[st
             check_held_out(trained_on, shards, config.data.allow_overlap)
         task = build_task(parts.config, parts, read_answers(checkpoint)).to(ranks.device).eval()
         scores: dict[str, Any] = {}
+        intervals: dict[str, dict[str, tuple[float, float]]] = {}
         predictions: list[Record] = []
         for name, shards in _named(held_out).items():
             loader = evaluation_loader(config, parts, shards, ranks)
@@ -182,11 +183,21 @@ def evaluate(config: Config, checkpoint: Path, split: str, out: Path) -> dict[st
             if config.task == "vqa":
                 scores[name] |= _counting_baselines(config, records, name)
             predictions += task.official(records)
+            intervals[name] = task.intervals(records)
+            told = (f"{key} {number(low)} to {number(high)}" for key, (low, high) in intervals[name].items())
+            if intervals[name] and ranks.main:
+                say(f"95 % intervals, {name}: " + ", ".join(told))
         if ranks.main:
             write_json(out / "predictions.json", predictions)
             write_json(
                 out / "results.json",
-                {"split": split, "checkpoint": str(checkpoint), "scores": scores, **provenance(config)},
+                {
+                    "split": split,
+                    "checkpoint": str(checkpoint),
+                    "scores": scores,
+                    "intervals": intervals,
+                    **provenance(config),
+                },
             )
             say(f"wrote {out / 'predictions.json'} ({len(predictions)} predictions) and {out / 'results.json'}")
         return scores

@@ -20,6 +20,8 @@ def brute_force(similarity, queries, results, k):
 def test_several_captions_an_image_any_of_them_is_right():
     similarity = [[0.1, 0.9, 0.5, 0.0], [0.8, 0.7, 0.6, 0.2]]
     scores = retrieval_scores(similarity, [10, 20], [10, 10, 20, 20], ks=(1, 3))
+    assert scores.image_to_text == {k: 100 * float((scores.image_ranks < k).mean()) for k in (1, 3)}
+    assert scores.text_to_image == {k: 100 * float((scores.text_ranks < k).mean()) for k in (1, 3)}
     assert scores.image_to_text == {1: 50.0, 3: 100.0}
     assert scores.text_to_image == {1: 75.0, 3: 100.0}
     assert scores.mean == pytest.approx((50 + 100 + 75 + 100) / 4)

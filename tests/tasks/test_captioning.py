@@ -75,6 +75,8 @@ def test_a_record_an_image_with_all_its_references(scenes: Any, tiny_model: Call
     expected = caption_scores({r["key"]: r["references"] for r in records}, {r["key"]: r["caption"] for r in records})
     assert found["CIDEr"] == 100 * expected.CIDEr
     assert found["ROUGE_L"] == 100 * expected.ROUGE_L
+    for name, (low, high) in task.intervals(records).items():
+        assert low <= found[name] <= high
 
 
 def test_the_reward_is_the_metric(scenes: Any, tmp_path: Path) -> None:

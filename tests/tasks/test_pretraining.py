@@ -137,6 +137,7 @@ def test_embeddings_of_several_texts_an_image(tiny_model: Callable[..., VisionLa
     assert task.evaluate(perfect)["mean_R@1"] == 100
     wrong = [{**r, "texts": np.eye(3)[[(i + 1) % 3] * 2]} for i, r in enumerate(perfect)]
     assert task.evaluate(wrong)["mean_R@1"] == 0
+    assert task.intervals(perfect) == {"TR_R@1": (100, 100), "IR_R@1": (100, 100)}
 
 
 def test_objectives_and_their_weights() -> None:

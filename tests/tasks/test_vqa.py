@@ -213,8 +213,11 @@ def test_evaluation_equals_the_official_scores(scenes: Any, tiny_model: Callable
         expected.perAnswerType
     )
     assert scores["questions"] == 6
+    low, high = task.intervals([{**record, "key": record["question_id"] // 2} for record in records])["accuracy"]
+    assert low < scores["accuracy"] < high
     # A test split has no answers: nothing is scored, and nothing stops.
     assert task.evaluate([{**record, "references": []} for record in records]) == {"questions": 0}
+    assert task.intervals([{**record, "references": []} for record in records]) == {}
 
 
 def test_the_answer_list_counts_questions(scenes: Any, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Recall at k of image-text retrieval, from a matrix of similarities."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,6 +15,10 @@ class RetrievalScores:
 
     image_to_text: dict[int, float]
     text_to_image: dict[int, float]
+    image_ranks: NDArray = field(compare=False, repr=False)
+    """(N,) of each image: how many wrong texts come before its first right one."""
+    text_ranks: NDArray = field(compare=False, repr=False)
+    """(M,) of each text: how many wrong images come before its own."""
 
     @property
     def mean(self) -> float:
@@ -43,16 +47,19 @@ def retrieval_scores(
         )
     if not ks or min(ks) < 1:
         raise ValueError(f"ks={tuple(ks)}, expected one or more numbers of 1 and above.")
+    image_ranks = _ranks(scores, images, texts, "image", "text")
+    text_ranks = _ranks(scores.T, texts, images, "text", "image")
     return RetrievalScores(
-        image_to_text=_recalls(scores, images, texts, ks, "image", "text"),
-        text_to_image=_recalls(scores.T, texts, images, ks, "text", "image"),
+        image_to_text={k: float((image_ranks < k).mean() * 100) for k in ks},
+        text_to_image={k: float((text_ranks < k).mean() * 100) for k in ks},
+        image_ranks=image_ranks,
+        text_ranks=text_ranks,
     )
 
 
-def _recalls(
-    scores: NDArray, queries: NDArray, results: NDArray, ks: Sequence[int], query: str, result: str
-) -> dict[int, float]:
-    better = np.empty(len(queries), dtype=np.int64)  # wrong results at or above the best right one
+def _ranks(scores: NDArray, queries: NDArray, results: NDArray, query: str, result: str) -> NDArray:
+    """Of each query, the wrong results at or above the best right one."""
+    ranks = np.empty(len(queries), dtype=np.int64)
     for start in range(0, len(queries), _ROWS):
         rows = slice(start, start + _ROWS)
         part = scores[rows]
@@ -64,5 +71,5 @@ def _recalls(
             raise ValueError(f"the {query} with id {alone!r} has no {result} with that id; leave it out.")
         lowest = -np.inf if np.issubdtype(part.dtype, np.floating) else np.iinfo(part.dtype).min
         best = np.where(right, part, lowest).max(axis=1, keepdims=True)
-        better[rows] = ((part >= best) & ~right).sum(axis=1)
-    return {k: float((better < k).mean() * 100) for k in ks}
+        ranks[rows] = ((part >= best) & ~right).sum(axis=1)
+    return ranks

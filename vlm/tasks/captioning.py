@@ -11,6 +11,7 @@ from vlm.data.index import ShardSet
 from vlm.data.scan import scan
 from vlm.data.text import Tokenizer, tidy
 from vlm.metrics.captions import CiderD, caption_scores
+from vlm.metrics.interval import bootstrap
 from vlm.metrics.ptb import tokenize_all
 from vlm.model.attention import CrossMemory
 from vlm.model.beam_search import beam_search
@@ -113,6 +114,13 @@ class CaptioningTask(Task):
             **{name: 100 * getattr(scores, name) for name in names},
             "distinct": 100 * distinct,
             "images": float(len(records)),
+        }
+
+    def intervals(self, records: Sequence[Record]) -> dict[str, tuple[float, float]]:
+        """CIDEr's and ROUGE_L's; BLEU is no mean over images."""
+        each = caption_scores({r["key"]: r["references"] for r in records}, {r["key"]: r["caption"] for r in records})
+        return {
+            name: bootstrap([100 * scores[name] for scores in each.per_image.values()]) for name in ("CIDEr", "ROUGE_L")
         }
 
     def official(self, records: Iterable[Record]) -> list[Record]:

@@ -1,14 +1,16 @@
 """Pretraining with any of the family's objectives; evaluated by zero-shot retrieval from embeddings."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from vlm.config import ObjectivesConfig
 from vlm.data.batch import Batch
 from vlm.errors import ConfigError
-from vlm.metrics.retrieval import retrieval_scores
+from vlm.metrics.interval import bootstrap
+from vlm.metrics.retrieval import RetrievalScores, retrieval_scores
 from vlm.model.vision_language import VisionLanguageModel
 from vlm.objectives.captioning import Captioning
 from vlm.objectives.contrastive import Contrastive
@@ -68,11 +70,24 @@ class Pretraining(Task):
     def evaluate(self, records: Iterable[Record]) -> dict[str, float]:
         """Recall in percent, text retrieved for an image (TR) and image for a text (IR), over the records at hand."""
         records = list(records)
-        images = np.stack([r["image"] for r in records])
-        texts = np.concatenate([r["texts"] for r in records])
-        owner = np.repeat(np.arange(len(records)), [len(r["texts"]) for r in records])
-        found = retrieval_scores(images @ texts.T, np.arange(len(records)), owner)
+        found, _ = _retrieve(records)
         to_text = {f"TR_R@{k}": value for k, value in found.image_to_text.items()}
         to_image = {f"IR_R@{k}": value for k, value in found.text_to_image.items()}
         mean = (to_text["TR_R@1"] + to_image["IR_R@1"]) / 2
         return {**to_text, **to_image, "mean_R@1": mean, "images": float(len(records))}
+
+    def intervals(self, records: Sequence[Record]) -> dict[str, tuple[float, float]]:
+        """Those of R@1, among the same candidates; an image is drawn with all its texts."""
+        found, owner = _retrieve(records)
+        return {
+            "TR_R@1": bootstrap((100.0 * (found.image_ranks < 1)).tolist()),
+            "IR_R@1": bootstrap((100.0 * (found.text_ranks < 1)).tolist(), owner.tolist()),
+        }
+
+
+def _retrieve(records: Sequence[Record]) -> tuple[RetrievalScores, NDArray]:
+    """The scores over the records at hand, and each text's image."""
+    images = np.stack([r["image"] for r in records])
+    texts = np.concatenate([r["texts"] for r in records])
+    owner = np.repeat(np.arange(len(records)), [len(r["texts"]) for r in records])
+    return retrieval_scores(images @ texts.T, np.arange(len(records)), owner), owner

@@ -1,6 +1,6 @@
 """What a task is: the model with its objectives, its predictions and its scores. The trainer sees nothing else of it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,6 +101,10 @@ class Task(nn.Module):
     def evaluate(self, records: Iterable[Record]) -> dict[str, float]:
         """Scores of all records, in the units of their official form."""
         raise NotImplementedError
+
+    def intervals(self, records: Sequence[Record]) -> dict[str, tuple[float, float]]:  # noqa: ARG002 (for tasks whose scores are means)
+        """By score its 95 % bootstrap interval over images."""
+        return {}
 
     def official(self, records: Iterable[Record]) -> list[Record]:  # noqa: ARG002 (for tasks that have such a form)
         """The predictions in the form that evaluation servers and `vlm score` take; none where there is no such form."""

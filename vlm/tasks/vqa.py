@@ -18,6 +18,7 @@ from vlm.data.index import ShardSet
 from vlm.data.scan import scan
 from vlm.data.text import Tokenizer, clean_answer, tidy
 from vlm.errors import ConfigError
+from vlm.metrics.interval import bootstrap
 from vlm.metrics.vqa import accuracy
 from vlm.model.attention import CrossMemory
 from vlm.model.beam_search import beam_search
@@ -136,6 +137,12 @@ class Vqa(Task):
                 scored.setdefault(f"accuracy/{record['answer_type']}", []).append(value)
         scores = {name: sum(values) / len(values) for name, values in scored.items()}
         return {**scores, "questions": float(len(scored.get("accuracy", ())))}
+
+    def intervals(self, records: Sequence[Record]) -> dict[str, tuple[float, float]]:
+        """The accuracy's; an image is drawn with all its questions."""
+        scored = [r for r in records if r["references"]]
+        values = [100 * accuracy(r["answer"], r["references"]) for r in scored]
+        return {"accuracy": bootstrap(values, [r["key"] for r in scored])} if scored else {}
 
     def official(self, records: Iterable[Record]) -> list[Record]:
         """The evaluation server's form."""
