@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NAMES = ["flickr8k", "coco", "vqa_v2", "daquar", "easy_vqa", "folder"]
+NAMES = ["flickr8k", "coco", "vqa_v2", "daquar", "easy_vqa", "folder", "visual_genome"]
+READ_AS_THEY_ARE = ["cc3m", "cc12m", "sbu", "laion"]
 
 
 def test_every_recipe_is_here_and_none_shadows_hugging_faces_datasets():
     assert sorted(p.parent.name for p in (ROOT / "datasets").glob("*/prepare.py")) == sorted(NAMES)
-    assert all((ROOT / "datasets" / name / "README.md").stat().st_size > 500 for name in NAMES)
+    assert all((ROOT / "datasets" / name / "README.md").stat().st_size > 500 for name in [*NAMES, *READ_AS_THEY_ARE])
     assert not list((ROOT / "datasets").glob("*.py"))
     assert not list((ROOT / "datasets").glob("*/__init__.py"))
 
@@ -29,6 +30,8 @@ def test_every_recipe_is_here_and_none_shadows_hugging_faces_datasets():
         ("daquar", [], "nyu_depth_images", "nyu_depth_images.tar"),
         ("daquar", ["nyu_depth_images/"], "train_images_list.txt", "DAQUAR"),
         ("easy_vqa", [], "questions.json", "pip download"),
+        ("visual_genome", [], "VG_100K", "images.zip"),
+        ("visual_genome", ["VG_100K/"], "image_data.json", "image_data.json.zip"),
     ],
 )
 def test_a_missing_file_names_its_download(recipe, tmp_path, capsys, name, present, missing, download):

@@ -1,0 +1,73 @@
+"""Visual Genome: the official download to shards, region descriptions as captions. See README.md beside this file."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlm.data.prepare import LeftOut, Photograph, keyed_hash, read_json, require, run, whole_number, write_splits
+from vlm.errors import UserError
+
+IMAGES = "images.zip and images2.zip (folders VG_100K/ and VG_100K_2/)"
+DATA = "image_data.json.zip"
+REGIONS = "region_descriptions.json.zip"
+KARPATHY = "dataset_coco.json, in caption_datasets.zip"
+
+
+def held_out(path: Path) -> set[int]:
+    """COCO ids of the images that Karpathy's split keeps for val and test."""
+    content = read_json(path, KARPATHY, ["images"])
+    try:
+        return {int(image["cocoid"]) for image in content["images"] if image["split"] in ("val", "test")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: {type(error).__name__}: {error}; expected Karpathy's {KARPATHY}") from None
+
+
+def prepare(args: argparse.Namespace) -> None:
+    folders = [require(args.source / "VG_100K", IMAGES), args.source / "VG_100K_2"]
+    files = {path.stem: path for folder in folders if folder.is_dir() for path in folder.glob("*.jpg")}
+    images = read_json(args.source / "image_data.json", DATA)
+    regions = read_json(args.source / "region_descriptions.json", REGIONS)
+    kept_out = held_out(args.karpathy) if args.karpathy else set()
+    if not kept_out:
+        print(
+            "Half of these images are COCO's: give --karpathy dataset_coco.json to leave out its val and test images.",
+            file=sys.stderr,
+        )
+    left_out = LeftOut()
+    splits: dict[str, list[Photograph]] = {"train": [], "val": []}
+    try:
+        phrases = {
+            int(entry["id"]): [str(region["phrase"]).strip() for region in entry["regions"]] for entry in regions
+        }
+        for image in images:
+            number = int(image["image_id"])
+            if image.get("coco_id") in kept_out:
+                left_out.add("image of COCO's val or test split", number)
+                continue
+            captions = tuple(dict.fromkeys(phrase for phrase in phrases.get(number, ()) if phrase))
+            split = "val" if keyed_hash(str(number), "visual_genome") % args.holdout_every == 0 else "train"
+            path = files.get(str(number), folders[0] / f"{number}.jpg")
+            splits[split].append(Photograph(str(number), path, number, captions))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{args.source}: {type(error).__name__}: {error}; expected the lists of {DATA} and {REGIONS}, version 1.2"
+        ) from None
+    write_splits(args.out, "visual_genome", splits, left_out, args.samples_per_shard, IMAGES)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--karpathy", type=Path, metavar="JSON", help="dataset_coco.json: its val and test images are left out"
+    )
+    parser.add_argument(
+        "--holdout-every", type=whole_number(2), default=50, metavar="N", help="every N-th image goes to val"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run("Write Visual Genome as shards.", arguments, prepare, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
