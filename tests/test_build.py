@@ -350,3 +350,17 @@ def test_each_task_reads_what_it_learns(shards: Callable[..., ShardSet], tiny_co
                 masks = name == "pretraining" and training
                 assert encoder.masking_probability == (0.15 if masks else None)
             assert encoder.texts_per_image == ("one" if training else "all")
+
+
+def test_whole_words_need_a_tokenizer_that_has_them(
+    shards: Callable[..., ShardSet], tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = build_parts(Config(model=tiny_config()), [shards()])
+    config = replace(parts.config, objectives=ObjectivesConfig(whole_words=True))
+    encoder = sample_encoder(config, parts.tokenizer, 32, training=True)
+    assert isinstance(encoder, CaptionEncoder)
+    assert encoder.whole_words
+    monkeypatch.setitem(parts.tokenizer.__dict__, "continuing_ids", frozenset())
+    with pytest.raises(ConfigError, match=r"objectives\.whole_words needs a WordPiece tokenizer"):
+        sample_encoder(config, parts.tokenizer, 32, training=True)
+    sample_encoder(config, parts.tokenizer, 32, training=False)  # nothing is hidden

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEAVES = ("vlm.config", "vlm.errors", "vlm.memory")
+LEAVES = ("vlm.config", "vlm.config_objectives", "vlm.errors", "vlm.memory")
 # A room -> the parts of the library that its files may import beside the leaves, at their top or late, and its packages.
 ROOMS: dict[str, tuple[tuple[str, ...], set[str]]] = {
     "model": (("vlm.model",), {"torch", "timm", "safetensors"}),
@@ -66,9 +66,9 @@ def test_imports_go_one_way(room: str) -> None:
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
-def test_leaves_import_the_standard_library_only(leaf: str) -> None:
+def test_leaves_import_the_standard_library_and_each_other(leaf: str) -> None:
     for module in imported(ROOT / f"{leaf.replace('.', '/')}.py"):
-        assert module.partition(".")[0] in sys.stdlib_module_names, f"{leaf} imports {module}"
+        assert module in LEAVES or module.partition(".")[0] in sys.stdlib_module_names, f"{leaf} imports {module}"
 
 
 def test_scripts_are_run_and_never_imported() -> None:
@@ -78,7 +78,6 @@ def test_scripts_are_run_and_never_imported() -> None:
     assert not list((ROOT / "datasets").glob("*.py"))
     for path in (ROOT / "datasets").iterdir():
         if path.is_dir() and not path.name.startswith(("_", ".")):
-            assert (path / "prepare.py").exists(), path
             assert (path / "README.md").exists(), path
     for path in sources(ROOT / "vlm"):
         for module in imported(path):

@@ -276,6 +276,17 @@ def index(place: Place, words: list[str]) -> None:
     place.vlm(*words[1:])
 
 
+def bootstrap(place: Place, words: list[str]) -> None:
+    shutil.copytree(place.scenes / "train", place.folder / words[3])
+    place.model(option(words, "--checkpoint"), "pretraining")
+    place.vlm(*words[1:])
+
+
+def parsed(place: Place, words: list[str]) -> None:
+    """The arguments are such as the command takes; what it does has tests of its own."""
+    _parser().parse_args(words[1:])
+
+
 def nothing(place: Place, words: list[str]) -> None:
     """What the pattern says is all that there is to check."""
 
@@ -298,8 +309,10 @@ RULES: dict[str, tuple[str, Callable[[Place, list[str]], None]]] = {
     r"vlm evaluate configs/.*": ("scaled down", evaluate),
     r"vlm score (vqa|captions) .*": ("executed", score),
     r"vlm export .*": ("executed", export),
+    r"vlm convert .*": ("checked", parsed),
     r"vlm plot .*": ("executed", plot),
     r"vlm shards index .*": ("executed", index),
+    r"vlm shards bootstrap .*": ("executed", bootstrap),
 }
 
 
@@ -384,7 +397,7 @@ def test_a_command_that_is_wrong_would_be_found(command: str, place: Place) -> N
 
 
 def test_a_command_that_nobody_knows_has_no_rule() -> None:
-    for command in ("vlm convert a b", "python demos/app.py", "rm -rf runs", "vlm train my.yaml"):
+    for command in ("vlm transmute a b", "python demos/app.py", "rm -rf runs", "vlm train my.yaml"):
         assert rules_of(command.split()) == []
 
 

@@ -85,10 +85,14 @@ def _from_checkpoint(config: Config, folder: str) -> Parts:
     )
     # The checkpoint's decoder stays unless another one is asked for: `shared` is also what a config says that does not speak of it.
     decoder = ours if ours.decoder == "separate" else saved
+    # Heads that a converted checkpoint lacks start anew, where the task has a use for them.
+    wanted = ours.heads if config.task == "pretraining" else ("language",)
+    heads = tuple(head for head in ModelConfig().heads if head in (*saved.heads, *wanted))
     merged = replace(
         saved,
         image=image,
         text=replace(saved.text, dropout=ours.text.dropout, attention_dropout=ours.text.attention_dropout),
+        heads=heads,
         decoder=decoder.decoder,
         decoder_layers=decoder.decoder_layers,
         decoder_reads=decoder.decoder_reads,
@@ -174,6 +178,10 @@ def sample_encoder(config: Config, tokenizer: Tokenizer, image_size: int, traini
     if config.task == "vqa":
         return question
     masks = training and config.task == "pretraining" and config.objectives.masked_language > 0
+    if masks and config.objectives.whole_words and not tokenizer.continuing_ids:
+        raise ConfigError(
+            "objectives.whole_words needs a WordPiece tokenizer, whose pieces say that they go on with a word; use False."
+        )
     caption = CaptionEncoder(
         tokenizer,
         transform,
@@ -182,6 +190,7 @@ def sample_encoder(config: Config, tokenizer: Tokenizer, image_size: int, traini
         prompt=data.prompt,
         texts_per_image=data.texts_per_image if training else "all",
         masking_probability=config.objectives.masking_probability if masks else None,
+        whole_words=config.objectives.whole_words,
         seed=config.seed,
     )
     if training and answers_questions(config):

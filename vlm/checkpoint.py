@@ -1,6 +1,7 @@
 """A run's checkpoint folder: the model's files, what it was trained on, and, for `latest`, the state to go on from."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,29 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vlm.config import Config, checkpoint_metadata
+from vlm.config import Config
 from vlm.errors import CheckpointError
 from vlm.model.pretrained import replacing_folder, save_pretrained
 from vlm.train.state import save_state
 
 TRAINED_ON = "trained_on.safetensors"
 ANSWERS = "answers.json"
+
+
+def checkpoint_metadata(config: Config) -> dict[str, Any]:
+    """The settings that a checkpoint carries for inference: model, prompts, generation and task."""
+    return {
+        "task": config.task,
+        "model": asdict(config.model),
+        "text": {
+            "prompt": config.data.prompt,
+            "question_prompt": config.data.question_prompt,
+            "max_tokens": config.data.max_tokens,
+            "max_answer_tokens": config.data.max_answer_tokens,
+        },
+        "vqa": asdict(config.vqa),
+        "generation": asdict(config.generation),
+    }
 
 
 def write_checkpoint(

@@ -92,6 +92,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.set_defaults(run=_export)
 
+    convert = commands.add_parser("convert", help="other libraries' checkpoints and back").add_subparsers(
+        dest="kind", required=True, metavar="KIND"
+    )
+    blip = convert.add_parser(
+        "blip",
+        help="transformers' BLIP -> a checkpoint folder",
+        description="Make a checkpoint folder of a folder of transformers' BLIP: BlipForConditionalGeneration (captions), "
+        "BlipForQuestionAnswering, BlipForImageTextRetrieval or BlipModel.",
+    )
+    blip.add_argument("--prompt", default="", help="words that every caption continues, e.g. 'a picture of '")
+    to_blip = convert.add_parser(
+        "to-blip",
+        help="a checkpoint folder -> transformers' BLIP",
+        description="Make a folder that transformers reads of a checkpoint folder with BLIP's structure; its task says which class.",
+    )
+    for kind in (blip, to_blip):
+        kind.add_argument("source", type=Path, metavar="SRC", help="the folder to read")
+        kind.add_argument("target", type=Path, metavar="DST", help="the folder to write; must not exist")
+        kind.set_defaults(run=_convert)
+
     plot = commands.add_parser("plot", help="draw the curves of one or several runs")
     plot.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     plot.add_argument("--out", type=Path, metavar="PNG", help="default: curves.png in the first run's folder")
@@ -106,6 +126,26 @@ def _parser() -> argparse.ArgumentParser:
         "--source", help="name of the source that image identities begin with; default: the folder's name"
     )
     index.set_defaults(run=_index)
+    bootstrap = shards.add_parser(
+        "bootstrap", help="add captions drawn by a model, and filtered by it, to images that have few"
+    )
+    bootstrap.add_argument("folder", type=Path, metavar="DIR", help="shards of images, some with captions by people")
+    bootstrap.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="DIR", help="a model that captions and compares (pretraining)"
+    )
+    bootstrap.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new shards")
+    bootstrap.add_argument(
+        "--captions", type=int, default=5, metavar="N", help="captions of an image in all (default: %(default)s)"
+    )
+    bootstrap.add_argument(
+        "--quantile",
+        type=float,
+        default=0.5,
+        metavar="Q",
+        help="a drawn caption must be as similar to its image as this share of people's captions are to theirs (default: %(default)s)",
+    )
+    bootstrap.add_argument("--seed", type=int, default=0, metavar="N")
+    bootstrap.set_defaults(run=_bootstrap)
     return parser
 
 
@@ -165,6 +205,18 @@ def _export(arguments: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
+def _convert(arguments: argparse.Namespace, _: list[str]) -> int:
+    from vlm.convert import convert_blip, convert_to_blip
+
+    if arguments.kind == "blip":
+        done = convert_blip(arguments.source, arguments.target, arguments.prompt)
+    else:
+        done = convert_to_blip(arguments.source, arguments.target)
+    left_out = f"; left out: {', '.join(done.left_out)}" if done.left_out else ""
+    print(f"{arguments.target}: {done.form.name}{left_out}")  # noqa: T201
+    return 0
+
+
 def _plot(arguments: argparse.Namespace, _: list[str]) -> int:
     from vlm.train.plot import plot_runs
 
@@ -177,6 +229,21 @@ def _index(arguments: argparse.Namespace, _: list[str]) -> int:
 
     found = write_index(arguments.folder, arguments.source)
     print(f"{arguments.folder}: {len(found.shards)} shards, {found.samples:,} records, source {found.source}")  # noqa: T201
+    return 0
+
+
+def _bootstrap(arguments: argparse.Namespace, _: list[str]) -> int:
+    from vlm.bootstrap import bootstrap
+    from vlm.data.index import load_index
+    from vlm.predictor import Predictor
+
+    shards = load_index(arguments.folder)
+    predictor = Predictor.load(arguments.checkpoint)
+    done = bootstrap(predictor, shards, arguments.out, arguments.captions, arguments.quantile, arguments.seed)
+    print(  # noqa: T201
+        f"{arguments.out}: {done.images:,} images, {done.added:,} captions added of {done.drawn:,} drawn "
+        f"(similarity at least {done.threshold:.3f})"
+    )
     return 0
 
 

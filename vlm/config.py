@@ -1,11 +1,15 @@
 """Every setting of the library, typed: one frozen dataclass for each room, `Config` for a whole run.
 
-This module imports the standard library only, so that every room may import its own settings. Reading YAML, checking types and command-line
-overrides live in `vlm/settings.py`.
+This module and `config_objectives`, a part of it, import the standard library only, so that every room may import its own settings. Reading
+YAML, checking types and command-line overrides live in `vlm/settings.py`.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal, get_args
+
+from vlm.config_objectives import ObjectivesConfig as ObjectivesConfig
+
+Head = Literal["contrastive", "matching", "masked_language", "language"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,8 @@ class ImageConfig:
     """Recompute activations in the backward pass: less memory, more time."""
     drop_path: float = 0.0
     """Stochastic depth rate."""
+    norm_eps: float | None = None
+    """Epsilon of the layer norms; null takes timm's (BLIP as transformers has it: 1e-5, timm's ViT: 1e-6)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +84,15 @@ class ModelConfig:
     """Text Transformer: text encoder, fusion encoder and, if shared, decoder."""
     embed_dim: int = 256
     """Width E of the image and text embeddings that the contrastive objective compares."""
-    text_pool: Literal["first", "mean"] = "first"
-    """The text's embedding comes from its first token (ALBEF, BLIP), or the mean over its tokens (MiniLM's sentence embedding)."""
+    heads: tuple[Head, ...] = get_args(Head)
+    """The heads that there are. A converted checkpoint has those of its source only, and cannot do what the others are for."""
+    text_pool: Literal["first", "mean", "pooler"] = "first"
+    """The text's embedding comes from its first token (ALBEF, BLIP), the mean over its tokens (MiniLM's sentence embedding), or BERT's
+    pooler: its first token through a linear map and tanh (BlipModel)."""
+    image_pool_norm: bool = False
+    """Normalise the pooled image tokens once more, with the image encoder's last norm (BlipModel)."""
+    projection_bias: bool = True
+    """The projections to the embeddings have biases (BlipModel: none)."""
     fusion: Literal["late", "full"] = "full"
     """late: fusion continues from the text states below the first cross-attention layer (ALBEF); full: it starts from the tokens (BLIP)."""
     decoder: Literal["shared", "separate"] = "shared"
@@ -162,29 +175,6 @@ class DataConfig:
     """Allow evaluation images that are also training images."""
     blank_images: bool = False
     """Replace every image by grey: the question-only (or caption-without-image) baseline."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectivesConfig:
-    """Weights of the objectives (0 leaves one out) and their settings."""
-
-    contrastive: float = 1.0
-    """Image-text contrastive."""
-    matching: float = 1.0
-    """Image-text matching with hard negatives."""
-    masked_language: float = 1.0
-    """Masked language modelling given the image."""
-    captioning: float = 0.0
-    """Causal captioning."""
-    self_critical: float = 0.0
-    """Captions drawn from the model, rewarded by CIDEr-D against their image's references; for the end of training. In the task captioning
-    it takes the place of the cross-entropy, to which `captioning` then gives a weight."""
-    masking_probability: float = 0.15
-    """Share of the tokens hidden for masked_language."""
-    label_smoothing: float = 0.1
-    """Label smoothing of captioning and answers (PyTorch's definition)."""
-    answer_weight: float = 1.0
-    """With data.questions: weight of an answer's token in `captioning` beside a caption's, of which there are far more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,21 +287,3 @@ class Config:
     """Loop."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """Decoding."""
-
-
-def checkpoint_metadata(config: Config) -> dict[str, Any]:
-    """The settings that a checkpoint carries for inference: model, prompts, generation and task."""
-    from dataclasses import asdict
-
-    return {
-        "task": config.task,
-        "model": asdict(config.model),
-        "text": {
-            "prompt": config.data.prompt,
-            "question_prompt": config.data.question_prompt,
-            "max_tokens": config.data.max_tokens,
-            "max_answer_tokens": config.data.max_answer_tokens,
-        },
-        "vqa": asdict(config.vqa),
-        "generation": asdict(config.generation),
-    }

@@ -103,8 +103,9 @@ class Predictor:
         Raises:
             BadImage: an image cannot be used. CheckpointError: the checkpoint makes no captions. ConfigError: an unusable setting.
         """
-        from vlm.tasks.captioning import generate_captions, generation_rules
+        from vlm.tasks.captioning import caption_start, generate_captions, generation_rules
 
+        self._need("language", "make captions")
         if self._reads_question:
             raise CheckpointError(
                 "this checkpoint answers questions only: its decoder reads the question, not the image, and cannot caption; "
@@ -116,7 +117,7 @@ class Predictor:
             memory = self.model.memory(self.model.encode_image(batch).tokens, None, "decoder")
             if not sampled:
                 return generate_captions(self.model, memory, self.tokenizer, self.prompt, generation)
-            ids = torch.tensor([self.tokenizer.encode("", prompt=self.prompt)[:-1]] * len(batch), device=batch.device)
+            ids = caption_start(self.model, self.tokenizer, self.prompt, len(batch))
             rules = generation_rules(generation, self.tokenizer)
             # One generator for each image, so that its caption depends on nothing but itself and the seed.
             generators = [torch.Generator(batch.device).manual_seed(seed) for _ in batch]
@@ -140,6 +141,7 @@ class Predictor:
                 f"this checkpoint was trained for {task} and answers no questions; "
                 "give one that was trained with a config of configs/finetune/vqa."
             )
+        self._need("language", "answer questions")
         generation = self._settings({} if beams is None else {"beams": beams})
         tokens = self.model.encode_image(self._tensor([image])).tokens
         if self._reads_question:
@@ -171,8 +173,9 @@ class Predictor:
         """The probability, by the matching head, that each text describes the image.
 
         Raises:
-            BadImage: the image cannot be used.
+            BadImage: the image cannot be used. CheckpointError: the checkpoint has no matching head.
         """
+        self._need("matching", "match texts to images")
         memory = self.model.memory(self.model.encode_image(self._tensor([image])).tokens, None, "fusion")
         probabilities: list[float] = []
         for features in self._texts(texts, 64):
@@ -185,16 +188,29 @@ class Predictor:
         """(N, E) unit vectors on the CPU; their products with `embed_texts` are similarities.
 
         Raises:
-            BadImage: an image cannot be used.
+            BadImage: an image cannot be used. CheckpointError: the checkpoint has no contrastive head.
         """
+        self._need("contrastive", "embed images")
         parts = [self.model.encode_image(batch).embedding.cpu() for batch in self._batches(images, batch_size)]
         return torch.cat([torch.empty(0, self.model.config.embed_dim), *parts])
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
-        """(N, E) unit vectors on the CPU."""
+        """(N, E) unit vectors on the CPU.
+
+        Raises:
+            CheckpointError: the checkpoint has no contrastive head.
+        """
+        self._need("contrastive", "embed texts")
         parts = [features.embedding for features in self._texts(texts, batch_size)]
         return torch.cat([torch.empty(0, self.model.config.embed_dim), *(p.cpu() for p in parts if p is not None)])
+
+    def _need(self, head: str, what: str) -> None:
+        heads = self.model.config.heads
+        if head not in heads:
+            raise CheckpointError(
+                f"this checkpoint has no {head} head (it has: {', '.join(heads) or 'none'}) and cannot {what}; give one that has it."
+            )
 
     @property
     def _reads_question(self) -> bool:

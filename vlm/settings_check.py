@@ -32,10 +32,11 @@ FROM_0 = (
         "objectives.answer_weight",
         "objectives.self_critical",
     ),
+    *("objectives.queue", "objectives.alpha_ramp"),
 )
 SHARES = (
     *("model.text.dropout", "model.text.attention_dropout", "model.image.drop_path", "objectives.label_smoothing"),
-    *("train.averaging", "optimizer.betas.0", "optimizer.betas.1"),
+    *("train.averaging", "optimizer.betas.0", "optimizer.betas.1", "objectives.momentum"),
 )
 
 
@@ -71,10 +72,31 @@ def check(config: Config) -> None:
             f"data.questions needs objectives.captioning above 0 (it is {config.objectives.captioning:g}), which learns the answers, "
             f"and vqa.form=prompted (it is {config.vqa.form})."
         )
+    _check_teacher(config)
     if (config.task == "vqa" or data.questions) and "{question}" not in data.question_prompt:
         raise ConfigError(f"data.question_prompt={data.question_prompt!r} must contain {{question}}.")
     if config.init_from is None:  # else the model is the checkpoint's, and the caller checks once more
         check_lengths(config)
+
+
+def _check_teacher(config: Config) -> None:
+    objectives = config.objectives
+    if objectives.queue and objectives.momentum == 0:
+        raise ConfigError(
+            f"objectives.queue={objectives.queue} holds a momentum teacher's features, but objectives.momentum=0; "
+            "use objectives.momentum=0.995, or objectives.queue=0."
+        )
+    sigmoid = objectives.contrastive_loss == "sigmoid"
+    if objectives.queue and (sigmoid or objectives.contrastive == 0):
+        what = "objectives.contrastive_loss=sigmoid" if sigmoid else "objectives.contrastive=0"
+        raise ConfigError(
+            f"objectives.queue={objectives.queue} is of the softmax contrastive objective, but {what}; use objectives.queue=0."
+        )
+    if objectives.momentum and objectives.masked_language == 0 and (sigmoid or objectives.contrastive == 0):
+        raise ConfigError(
+            f"objectives.momentum={objectives.momentum:g}, but no objective reads the teacher; use objectives.momentum=0, "
+            "or give contrastive (with contrastive_loss=softmax) or masked_language a weight."
+        )
 
 
 def check_lengths(config: Config) -> None:
@@ -111,7 +133,7 @@ def _check_ranges(config: Config) -> None:
     for key in SHARES:
         if not 0 <= (value := _value(config, key)) < 1:
             raise ConfigError(f"{key}={value}; expected 0 (off) to below 1.")
-    for key in ("objectives.masking_probability", "data.max_bad_fraction"):
+    for key in ("objectives.masking_probability", "objectives.alpha", "data.max_bad_fraction"):
         if not 0 <= (value := _value(config, key)) <= 1:
             raise ConfigError(f"{key}={value}; expected a share from 0 to 1.")
     data, size = config.data, config.model.image.image_size

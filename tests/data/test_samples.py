@@ -237,3 +237,19 @@ def test_an_empty_caption_is_passed_over() -> None:
     assert {encode(record(["...", CAPTIONS[0]]), epoch).texts[0].source["caption"] for epoch in range(10)} == {
         CAPTIONS[0]
     }
+
+
+def test_whole_words_are_hidden_where_asked_for() -> None:
+    """A word that the vocabulary has to spell."""
+    encode = captioner(masking_probability=0.4, whole_words=True)
+    some = 0
+    for number in range(60):
+        (text,) = encode.texts(record(["two orange dogs"], key=f"k{number}"), 0)
+        spelt = TOKENIZER.tokens(text.ids)
+        piece = [at for at, token in enumerate(spelt) if token.startswith("##")]
+        assert len(piece) >= 2
+        word = {piece[0] - 1, *piece}
+        hidden = word & set(text.masked_at)
+        assert hidden in (set(), word)
+        some += bool(hidden)
+    assert 0 < some < 60

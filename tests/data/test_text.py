@@ -288,3 +288,28 @@ def test_masking_nothing() -> None:
     generator = torch.Generator().manual_seed(0)
     assert mask_tokens([2, 7, 8, 3], {2, 3}, 20, 4, 0.0, generator) == ([2, 7, 8, 3], [])
     assert mask_tokens([2, 3], {2, 3}, 20, 4, 1.0, generator) == ([2, 3], [])
+
+
+def test_whole_words_are_masked_together() -> None:
+    """Of a word of three pieces all are chosen or none, each then hidden or not on its own; the share of tokens stays."""
+    special, continuing, length = {0, 1, 2, 3, 4}, {50, 51}, 62
+    ids = [2, *[10, 50, 51] * 20, 3]
+    generator = torch.Generator().manual_seed(0)
+    total, kept_beside_masked = 0, 0
+    for _ in range(300):
+        result, positions = mask_tokens(ids, special, 100, 4, 0.15, generator, continuing)
+        total += len(positions)
+        chosen = [at in positions for at in range(1, length - 1)]
+        assert all(len(set(chosen[word : word + 3])) == 1 for word in range(0, 60, 3))
+        kept_beside_masked += sum(result[at] == ids[at] for at in positions)
+    words, p = 300 * 20, 0.15
+    assert abs(total / 3 - words * p) < 3 * (words * p * (1 - p)) ** 0.5
+    assert 0 < kept_beside_masked < 0.2 * total
+
+
+def test_the_pieces_that_go_on_with_a_word(tokenizer: Tokenizer) -> None:
+    pieces = tokenizer.continuing_ids
+    assert pieces
+    for i in range(tokenizer.vocab_size):
+        (token,) = tokenizer.tokens([i])
+        assert (i in pieces) == token.startswith("##")

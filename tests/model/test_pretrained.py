@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlm import checkpoint as run_checkpoint
-from vlm.checkpoint import read_answers, read_trained_on, write_checkpoint
-from vlm.config import Config, ModelConfig, checkpoint_metadata
+from vlm.checkpoint import checkpoint_metadata, read_answers, read_trained_on, write_checkpoint
+from vlm.config import Config, ModelConfig
 from vlm.errors import CheckpointError, ConfigError, UserError
 from vlm.model import pretrained
 from vlm.model.pretrained import load_metadata, load_pretrained, replacing_folder, save_pretrained
@@ -214,6 +214,13 @@ def test_a_config_with_a_wrong_value(folder: Path, key: str, value: Any) -> None
     with pytest.raises((CheckpointError, ConfigError)) as caught:
         load_pretrained(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_config_from_before_heads_had_names_has_all(folder: Path) -> None:
+    metadata = json.loads((folder / "config.json").read_text())
+    del metadata["model"]["heads"]
+    (folder / "config.json").write_text(json.dumps(metadata))
+    assert load_pretrained(folder)[0].config.heads == ("contrastive", "matching", "masked_language", "language")
 
 
 def test_weights_that_do_not_fit_name_the_first(folder: Path) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm.data.batch import Batch
-from vlm.objectives.contrastive import Contrastive
+from vlm.objectives.contrastive import Contrastive, contrastive_rows
 from vlm.objectives.objective import Loss
 
 MakeBatch = Callable[..., Batch]
@@ -146,3 +146,20 @@ def test_autocast_leaves_it_in_fp32(evaluate: Callable[..., Loss], make_batch: M
 def test_it_asks_for_no_pass(heads: Any, make_batch: MakeBatch, make_features: Features) -> None:
     batch = make_batch(texts(2))
     assert list(Contrastive().requests(heads, make_features(batch, unit(2), unit(2)), batch)) == []
+
+
+def test_the_gradient_of_distilled_rows_is_softmax_minus_target() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 6, dtype=torch.float64, generator=generator).requires_grad_()
+    soft = torch.randn(3, 6, dtype=torch.float64, generator=generator)
+    ids, key_ids = torch.tensor([1, 2, 3]), torch.tensor([1, 2, 3, 9, 1, 2])  # the last one is absent
+    valid = torch.tensor([True] * 5 + [False])
+    rows = contrastive_rows(logits, ids, key_ids, valid, soft, torch.tensor(0.4, dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(rows.loss.sum(), logits)
+    hard = torch.zeros(3, 6, dtype=torch.float64)
+    hard[0, [0, 4]], hard[1, 1], hard[2, 2] = 0.5, 1.0, 1.0
+    target = 0.6 * hard
+    target[:, :5] += 0.4 * soft[:, :5].softmax(1)
+    expected = F.pad(logits[:, :5].softmax(1), (0, 1)) - target
+    torch.testing.assert_close(gradient, expected.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(rows.loss, -(target[:, :5] * logits[:, :5].log_softmax(1)).sum(1), rtol=0, atol=1e-12)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from math import exp, log
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 
 from vlm.data.batch import Batch, Masked
 from vlm.objectives.masked_language import MaskedLanguage
+from vlm.objectives.objective import Taught
 
 MakeBatch = Callable[..., Batch]
 IDS = [[2, 5, 6, 3], [2, 7, 3, 0]]
+UNTAUGHT = SimpleNamespace(teacher=None)
 
 
 def hide(batch: Batch, positions: list[int], labels: list[int]) -> Batch:
@@ -29,7 +32,7 @@ def test_two_hidden_tokens_by_hand(heads: Any, make_batch: MakeBatch) -> None:
     states = torch.zeros(2, 4, 3)
     states[0, 1] = torch.tensor([1.0, 0.0, 2.0])  # label 2, found
     states[1, 1] = torch.tensor([-1.0, 1.0, 0.0])  # label 0, missed
-    loss = MaskedLanguage().loss(heads, [states], None, batch)  # type: ignore[arg-type]
+    loss = MaskedLanguage().loss(heads, [states], UNTAUGHT, batch)  # type: ignore[arg-type]
     first = -log(exp(2) / (exp(1) + exp(0) + exp(2)))
     second = -log(exp(-1) / (exp(-1) + exp(1) + exp(0)))
     assert loss.sum.item() == pytest.approx(first + second, rel=1e-6)
@@ -43,7 +46,7 @@ def test_equals_cross_entropy_over_all_positions(heads: Any) -> None:
     states = torch.randn(*batch.texts.ids.shape, 20, dtype=torch.float64, requires_grad=True)
     labels = torch.full_like(batch.texts.ids, -100).flatten()
     labels[batch.masked.positions] = batch.texts.ids.flatten()[batch.masked.positions]
-    loss = MaskedLanguage().loss(heads, [states], None, batch)  # type: ignore[arg-type]
+    loss = MaskedLanguage().loss(heads, [states], UNTAUGHT, batch)  # type: ignore[arg-type]
     expected = F.cross_entropy(states.flatten(0, 1), labels)
     torch.testing.assert_close(loss.sum / loss.count, expected, rtol=0, atol=1e-12)
     (gradient,) = torch.autograd.grad(loss.sum, states)
@@ -59,7 +62,7 @@ def test_an_empty_selection_is_a_zero_that_touches_head_and_states(
     head = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 8))
     heads.masked_language_logits = head
     states = torch.randn(2, 4, 3, requires_grad=True)
-    loss = MaskedLanguage().loss(heads, [states], None, batch)  # type: ignore[arg-type]
+    loss = MaskedLanguage().loss(heads, [states], UNTAUGHT, batch)  # type: ignore[arg-type]
     loss.sum.backward()
     assert loss.sum == 0
     assert loss.count == MaskedLanguage().count(batch) == 0
@@ -72,8 +75,8 @@ def test_a_text_without_weight_does_not_count(heads: Any, make_batch: MakeBatch)
     states = torch.randn(2, 4, 8, requires_grad=True)
     both = hide(make_batch(IDS, weight=[1.0, 0.0]), [2, 5], [6, 7])
     one = hide(make_batch(IDS), [2], [6])
-    loss = MaskedLanguage().loss(heads, [states], None, both)  # type: ignore[arg-type]
-    alone = MaskedLanguage().loss(heads, [states], None, one)  # type: ignore[arg-type]
+    loss = MaskedLanguage().loss(heads, [states], UNTAUGHT, both)  # type: ignore[arg-type]
+    alone = MaskedLanguage().loss(heads, [states], UNTAUGHT, one)  # type: ignore[arg-type]
     torch.testing.assert_close(loss.sum, alone.sum, rtol=0, atol=0)
     assert loss.count == MaskedLanguage().count(both) == 1
     assert loss.scalars["accuracy"] == alone.scalars["accuracy"]
@@ -103,7 +106,22 @@ def test_a_batch_without_masked_texts_says_what_is_missing(heads: Any, make_batc
 def test_logits_in_half_precision_are_summed_in_fp32(heads: Any, make_batch: MakeBatch) -> None:
     batch = hide(make_batch(IDS), [1, 5], [2, 0])
     states: Tensor = torch.randn(2, 4, 3).bfloat16()
-    loss = MaskedLanguage().loss(heads, [states], None, batch)  # type: ignore[arg-type]
+    loss = MaskedLanguage().loss(heads, [states], UNTAUGHT, batch)  # type: ignore[arg-type]
     expected = F.cross_entropy(states.float().flatten(0, 1)[[1, 5]], torch.tensor([2, 0]), reduction="sum")
     torch.testing.assert_close(loss.sum, expected)
     assert loss.sum.dtype == torch.float32
+
+
+def test_a_teachers_predictions_soften_the_targets(heads: Any, make_batch: MakeBatch) -> None:
+    batch = hide(make_batch(IDS, weight=[1.0, 1.0]), [1, 5], [2, 0])
+    states = torch.randn(2, 4, 8, dtype=torch.float64, requires_grad=True)
+    words = torch.randn(2, 8, dtype=torch.float64)
+    features: Any = SimpleNamespace(teacher=Taught(torch.tensor(0.4, dtype=torch.float64), None, (), words))
+    loss = MaskedLanguage().loss(heads, [states], features, batch)
+    hidden, labels = states.flatten(0, 1)[[1, 5]], torch.tensor([2, 0])
+    target = 0.4 * words.softmax(1) + 0.6 * F.one_hot(labels, 8).double()
+    torch.testing.assert_close(loss.sum, -(target * hidden.log_softmax(1)).sum(), rtol=0, atol=1e-12)
+    (gradient,) = torch.autograd.grad(loss.sum, states)
+    expected = (hidden.softmax(1) - target).detach()
+    torch.testing.assert_close(gradient.flatten(0, 1)[[1, 5]], expected, rtol=0, atol=1e-12)
+    assert loss.count == 2

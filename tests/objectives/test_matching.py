@@ -128,7 +128,7 @@ def test_negatives_follow_the_softmax() -> None:
     draws, counts = 4000, torch.zeros(4, 4)
     torch.manual_seed(0)
     for _ in range(draws):
-        counts[torch.arange(4), sample_negatives(similarity, eligible)] += 1
+        counts[torch.arange(4), sample_negatives(similarity, eligible, torch.arange(4))] += 1
     expected = draws * torch.softmax(similarity.masked_fill(~eligible, float("-inf")), dim=1)
     assert (counts[~eligible] == 0).all()
     chi = ((counts - expected)[eligible] ** 2 / expected[eligible]).sum().item()
@@ -138,7 +138,11 @@ def test_negatives_follow_the_softmax() -> None:
 def test_half_precision_does_not_blunt_the_draw() -> None:
     torch.manual_seed(0)
     flat, others = torch.full((4, 4), 4e4).bfloat16(), ~torch.eye(4, dtype=torch.bool)
-    drawn = {(row, int(column)) for _ in range(100) for row, column in enumerate(sample_negatives(flat, others))}
+    drawn = {
+        (row, int(column))
+        for _ in range(100)
+        for row, column in enumerate(sample_negatives(flat, others, torch.arange(4)))
+    }
     assert drawn == {(row, column) for row in range(4) for column in range(4) if row != column}
 
 
@@ -150,7 +154,7 @@ def test_any_similarity_gives_an_eligible_column(scale: float) -> None:
     eligible = torch.rand(16, 16) < 0.3
     eligible[0] = False
     for _ in range(50):
-        column = sample_negatives(similarity, eligible)
+        column = sample_negatives(similarity, eligible, torch.arange(16))
         assert eligible[torch.arange(16), column][eligible.any(1)].all()
         assert (column == torch.arange(16))[~eligible.any(1)].all()
 
@@ -180,3 +184,9 @@ def test_texts_of_equal_images_and_bad_slots_are_not_eligible(make_batch: MakeBa
     usable, eligible = eligibility(make_batch(texts(3), image_ids=[4, 4, 6], weight=[1.0, 1.0, 0.0]))
     assert usable.tolist() == [True, True, False]
     assert eligible.tolist() == [[False] * 3, [False] * 3, [True, True, False]]
+
+
+def test_a_row_without_negatives_points_at_itself_among_the_columns_of_all_ranks() -> None:
+    eligible = torch.zeros(2, 6, dtype=torch.bool)
+    eligible[1, 5] = True
+    assert sample_negatives(torch.randn(2, 6), eligible, torch.tensor([2, 3])).tolist() == [2, 5]

@@ -220,9 +220,10 @@ def test_a_stop_request_saves_no_broken_weights(make_config: MakeConfig, monkeyp
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In an epoch, at its end where an evaluation is due, and past it; with dropout, negatives drawn at random and averaging."""
+    """In an epoch, at its end where an evaluation is due, and past it; with dropout, negatives drawn at random, averaging, teacher and queue."""
     chance = {"train.averaging": 0.9, "data.randaugment": [1, 5]}
-    settings = {**ALL_OBJECTIVES, **chance, "train.epochs": 1.5, "train.deterministic": True}
+    teacher = {"objectives.momentum": 0.9, "objectives.queue": 20}
+    settings = {**ALL_OBJECTIVES, **chance, **teacher, "train.epochs": 1.5, "train.deterministic": True}
     whole = make_config({**settings, "out": str(tmp_path / "whole")})
     train(whole)
     want = state_and_log(whole.out)
@@ -246,6 +247,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
 def state_and_log(out: str) -> tuple[Any, list[dict[str, Any]]]:
     state = torch.load(f"{out}/latest/training/state.pt", weights_only=True)
     assert {"image_encoder.positions", "temperature"} <= set(state["optimizer"])
+    assert {"teacher.steps", "teacher.queue.text", "teacher.model.temperature"} <= set(state["task"])
     return flatten(state), timeless(read_json_lines(Path(out) / "log.jsonl"))
 
 

@@ -93,6 +93,41 @@ class Batch(_Tensors):
     def __len__(self) -> int:
         return len(self.images)
 
+    def lengthened(self, length: int, pad_id: int) -> "Batch":
+        """The same with texts of `length` tokens, padded at their ends; the batch itself where that is their length."""
+        more = length - self.texts.ids.shape[1]
+        if more == 0:
+            return self
+
+        def wider(ids: Tensor, value: int) -> Tensor:
+            return torch.nn.functional.pad(ids, (0, more), value=value)
+
+        texts = replace(self.texts, ids=wider(self.texts.ids, pad_id), mask=wider(self.texts.mask, 0))
+        masked = self.masked
+        if masked is not None:
+            rows = torch.div(masked.positions, masked.ids.shape[1], rounding_mode="floor")
+            masked = replace(masked, ids=wider(masked.ids, pad_id), positions=masked.positions + rows * more)
+        return replace(self, texts=texts, masked=masked)
+
+    def filled_up(self, count: int) -> "Batch":
+        """The same with `count` texts: those that are missing repeat the last one, without weight, and describe nothing."""
+        more = count - len(self.texts.ids)
+        if more == 0:
+            return self
+
+        def longer(rows: Tensor) -> Tensor:
+            return torch.cat([rows, rows[-1:].expand(more, *rows.shape[1:])])
+
+        texts = self.texts._map(longer)
+        texts = replace(
+            texts,
+            weight=torch.cat([self.texts.weight, self.texts.weight.new_zeros(more)]),
+            describes=torch.cat([self.texts.describes, self.texts.describes.new_zeros(more)]),
+        )
+        masked = None if self.masked is None else replace(self.masked, ids=longer(self.masked.ids))
+        sources = [*self.sources, *({} for _ in range(more))] if self.sources else []
+        return replace(self, texts=texts, masked=masked, sources=sources)
+
     @classmethod
     def fake(
         cls,

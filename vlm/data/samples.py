@@ -32,7 +32,9 @@ class CaptionEncoder:
     """Text before every caption, not to be predicted, such as "a picture of"."""
     texts_per_image: TextsPerImage = "one"
     masking_probability: float | None = None
-    """Share of the words to hide for masked language modelling; None: no masking."""
+    """Share of the tokens to hide for masked language modelling; None: no masking."""
+    whole_words: bool = False
+    """Hide all pieces of a word or none."""
     seed: int = 0
 
     @property
@@ -72,7 +74,8 @@ class CaptionEncoder:
     def _mask(self, text: EncodedText, record: Record, epoch: int, number: int) -> EncodedText:
         t, probability = self.tokenizer, self.masking_probability or 0.0
         generator = keyed_generator(self.seed, epoch, record.source, record.key, "mask", number)
-        masked, at = mask_tokens(text.ids, t.special_ids, t.vocab_size, t.mask_id, probability, generator)
+        pieces = t.continuing_ids if self.whole_words else ()
+        masked, at = mask_tokens(text.ids, t.special_ids, t.vocab_size, t.mask_id, probability, generator, pieces)
         return replace(text, masked_ids=masked, masked_at=at)
 
 

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,11 @@ class Tokenizer:
         roles = (self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id)
         added = inner.get_added_tokens_decoder()
         self.special_ids = frozenset(roles) | {i for i, token in added.items() if token.special}
+
+    @cached_property
+    def continuing_ids(self) -> frozenset[int]:
+        """Ids of WordPiece's pieces that go on with a word (##ing); empty for other kinds of tokenizers."""
+        return frozenset(i for token, i in self._inner.get_vocab().items() if token.startswith("##"))
 
     def __getstate__(self) -> str:
         return self.to_json()
@@ -246,13 +252,18 @@ def mask_tokens(
     mask_id: int,
     probability: float,
     generator: torch.Generator,
+    continuing: Collection[int] = (),
 ) -> tuple[list[int], list[int]]:
     """BERT's masking: the ids with some hidden, and the positions of those, which are to be predicted.
 
     Each token that is not special is chosen with `probability`, so a short text may have none chosen. A chosen one becomes [MASK] in 80 % of
-    the cases, any token but a special one in 10 %, and stays in 10 %.
+    the cases, any token but a special one in 10 %, and stays in 10 %. continuing: ids of pieces that are chosen where the piece before them is,
+    so that whole words are (`Tokenizer.continuing_ids`).
     """
     chosen, kind = torch.rand(2, len(ids), generator=generator).tolist()
+    for at, i in enumerate(ids):
+        if i in continuing and at:
+            chosen[at] = chosen[at - 1]
     positions = [at for at, i in enumerate(ids) if chosen[at] < probability and i not in special_ids]
     masked = list(ids)
     for at in positions:

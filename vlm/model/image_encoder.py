@@ -49,6 +49,8 @@ class ImageEncoder(nn.Module):
             load_weights(self.backbone, config.weights, config.name)
         if config.stages is not None:
             _keep_stages(self.backbone, config)
+        if config.norm_eps is not None:
+            _set_norm_eps(self.backbone, config.norm_eps)
         # Not at creation: a model whose head normalises the pooled features needs those weights, and applies them to each token from here on.
         self.backbone.reset_classifier(0, "")
 
@@ -300,6 +302,12 @@ def _keep_stages(backbone: Any, config: ImageConfig) -> None:
         raise ConfigError(
             f"image.stages={config.stages} does not suit {config.name}: {error}; use a smaller index, or null."
         ) from error
+
+
+def _set_norm_eps(backbone: nn.Module, eps: float) -> None:
+    for module in backbone.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = eps
 
 
 def _interpolate(positions: Tensor, grid: tuple[int, int]) -> Tensor:

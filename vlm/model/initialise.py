@@ -44,8 +44,9 @@ def load_text_weights(model: VisionLanguageModel, weights: TextWeights) -> Loade
         state[name] = state[name][: len(positions)]
     loaded = load_by_name(model.text, state)
     if weights.head:
-        load_by_name(model.masked_language_head, weights.head)
-        load_by_name(model.language_head, weights.head)
+        for head in (model.masked_language_head, model.language_head):
+            if head is not None:
+                load_by_name(head, weights.head)
     return loaded
 
 

@@ -144,6 +144,8 @@ def model_config(metadata: dict[str, Any], source: str = CONFIG) -> ModelConfig:
         image = ImageConfig(**values.pop("image"))
         text_values = values.pop("text")
         text = TextConfig(**{**text_values, "cross_attention": tuple(text_values["cross_attention"])})
+        if "heads" in values:  # older checkpoints have all
+            values["heads"] = tuple(values["heads"])
         return ModelConfig(image=image, text=text, **values)
     except (KeyError, TypeError, ValueError) as error:
         raise _unfit(source, error) from None

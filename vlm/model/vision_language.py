@@ -4,18 +4,19 @@ Letters: B images, T texts, L tokens of a text, P image tokens, D width of the t
 
 The family's members are settings of one structure. ALBEF (Li et al. 2021): `fusion: late`, cross-attention in the last layers, a separate decoder
 that reads the question. BLIP (Li et al. 2022): `fusion: full`, cross-attention everywhere, a shared decoder with causal self-attention of its own.
+`heads` names the heads that there are: a converted captioner has the language head only.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm.config import ModelConfig, TextConfig
-from vlm.errors import ConfigError
+from vlm.errors import CheckpointError, ConfigError
 from vlm.model.attention import CrossMemory, CrossMemoryProjection, initialise
 from vlm.model.image_encoder import ImageEncoder
 from vlm.model.text_cache import TextCache
@@ -23,14 +24,24 @@ from vlm.model.text_transformer import TextTransformer
 from vlm.model.vocabulary_head import VocabularyHead
 
 Mode = Literal["text", "fused", "decoder"]
+Part = TypeVar("Part", Tensor, nn.Module)
 
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """tokens: (B, P, D_image). embedding: (B, E), unit length, fp32."""
+    """tokens: (B, P, D_image). projected: (B, E), unit length, fp32; absent without a contrastive head."""
 
     tokens: Tensor
-    embedding: Tensor
+    projected: Tensor | None = None
+
+    @property
+    def embedding(self) -> Tensor:
+        """(B, E), unit length, fp32.
+
+        Raises:
+            CheckpointError: the model has no contrastive head.
+        """
+        return _present(self.projected, "contrastive")
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,11 @@ class TextFeatures:
 
 
 class VisionLanguageModel(nn.Module):
-    """Image encoder, text Transformer, their fusion and a decoder, with every head that training or inference needs."""
+    """Image encoder, text Transformer, their fusion and a decoder, with every head that training or inference needs.
+
+    Absent heads (`config.heads`) are None and have no weights; what needs one raises CheckpointError. The temperature is always there: it is a
+    setting that is learned.
+    """
 
     def __init__(self, config: ModelConfig, load: bool = True) -> None:
         """load=False leaves out the image encoder's pretrained weights, because a checkpoint follows."""
@@ -73,14 +88,7 @@ class VisionLanguageModel(nn.Module):
         self.fusion_memory = CrossMemoryProjection(
             len(text.cross_attention), text.dim, self.image_encoder.dim, text.heads
         )
-        self.image_projection = nn.Linear(self.image_encoder.dim, config.embed_dim)
-        self.text_projection = nn.Linear(text.dim, config.embed_dim)
-        self.temperature = nn.Parameter(torch.tensor(config.temperature))
-        self.matching_head = nn.Linear(text.dim, 2)
-        self.masked_language_head = VocabularyHead(text)
-        self.language_head = VocabularyHead(text)
-        for module in (self.image_projection, self.text_projection, self.matching_head):
-            initialise(module)
+        self._add_heads(config)
         self.decoder: TextTransformer | None = None
         self.decoder_memory: CrossMemoryProjection | None = None
         if config.decoder == "separate":
@@ -88,6 +96,20 @@ class VisionLanguageModel(nn.Module):
             memory_dim = self.image_encoder.dim if config.decoder_reads == "image" else text.dim
             self.decoder = TextTransformer(stack)
             self.decoder_memory = CrossMemoryProjection(stack.layers, text.dim, memory_dim, text.heads)
+
+    def _add_heads(self, config: ModelConfig) -> None:
+        text, heads, bias = config.text, config.heads, config.projection_bias
+        contrastive, pooler = "contrastive" in heads, config.text_pool == "pooler"
+        self.image_projection = nn.Linear(self.image_encoder.dim, config.embed_dim, bias) if contrastive else None
+        self.text_pooler = nn.Linear(text.dim, text.dim) if contrastive and pooler else None
+        self.text_projection = nn.Linear(text.dim, config.embed_dim, bias) if contrastive else None
+        self.temperature = nn.Parameter(torch.tensor(config.temperature))
+        self.matching_head = nn.Linear(text.dim, 2) if "matching" in heads else None
+        self.masked_language_head = VocabularyHead(text) if "masked_language" in heads else None
+        self.language_head = VocabularyHead(text) if "language" in heads else None
+        for module in (self.image_projection, self.text_pooler, self.text_projection, self.matching_head):
+            if module is not None:
+                initialise(module)
 
     @property
     def device(self) -> torch.device:
@@ -97,16 +119,23 @@ class VisionLanguageModel(nn.Module):
     def encode_image(self, images: Tensor) -> ImageFeatures:
         """images: (B, 3, H, W), uint8 or already normalised float."""
         tokens = self.image_encoder(images)
-        return ImageFeatures(tokens, _unit(self.image_projection(self.image_encoder.pool(tokens))))
+        if self.image_projection is None:
+            return ImageFeatures(tokens)
+        pooled = self.image_encoder.pool(tokens)
+        if self.config.image_pool_norm:
+            pooled = self.image_encoder.backbone.norm(pooled)
+        return ImageFeatures(tokens, _unit(self.image_projection(pooled)))
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> TextFeatures:
         """ids: (T, L) int64. mask: (T, L) bool."""
-        states = self.text(self.text.embed(self._first_token(ids, "text")), mask, last=self._text_layers)
+        states = self.text(self.text.embed(self.with_first_token(ids, "text")), mask, last=self._text_layers)
+        if self.text_projection is None:
+            return TextFeatures(ids, mask, states)
         if self.config.text_pool == "mean":
             weight = mask[..., None].to(states.dtype)
             pooled = (states * weight).sum(1) / weight.sum(1)
         else:
-            pooled = states[:, 0]
+            pooled = states[:, 0] if self.text_pooler is None else self.text_pooler(states[:, 0]).tanh()
         return TextFeatures(ids, mask, states, _unit(self.text_projection(pooled)))
 
     def text_view(self, ids: Tensor, mask: Tensor) -> TextFeatures:
@@ -134,7 +163,7 @@ class VisionLanguageModel(nn.Module):
                 raise ValueError("late fusion continues from the text's states; use encode_text or text_view.")
             states: Tensor = self.text(text.states, text.mask, memory, first=self._text_layers)
         else:
-            states = self.text(self.text.embed(self._first_token(text.ids, "fused")), text.mask, memory)
+            states = self.text(self.text.embed(self.with_first_token(text.ids, "fused")), text.mask, memory)
         return states
 
     def decode_states(
@@ -143,7 +172,7 @@ class VisionLanguageModel(nn.Module):
         """Causal states (R, L, D) of the decoder's last layer; the language head makes logits of those that are wanted."""
         stack = self.text if self.decoder is None else self.decoder
         if cache is None or cache.length == 0:
-            ids = self._first_token(ids, "decoder")
+            ids = self.with_first_token(ids, "decoder")
         # Rows with prompts of different lengths count their own positions.
         offset = 0 if cache is None else cache.offset
         states: Tensor = stack(stack.embed(ids, offset), mask, memory, causal=True, cache=cache)
@@ -158,17 +187,17 @@ class VisionLanguageModel(nn.Module):
     def language_logits(self, states: Tensor) -> Tensor:
         """(..., D) states of the decoder to (..., V) logits of the next token."""
         stack = self.text if self.decoder is None else self.decoder
-        logits: Tensor = self.language_head(states, stack.word_embedding)
+        logits: Tensor = _present(self.language_head, "language")(states, stack.word_embedding)
         return logits
 
     def masked_language_logits(self, states: Tensor) -> Tensor:
         """(..., D) fused states at hidden tokens to (..., V) logits of the tokens hidden."""
-        logits: Tensor = self.masked_language_head(states, self.text.word_embedding)
+        logits: Tensor = _present(self.masked_language_head, "masked_language")(states, self.text.word_embedding)
         return logits
 
     def matching_logits(self, states: Tensor) -> Tensor:
         """(T, L, D) fused states to (T, 2) logits; class 1: image and text belong together."""
-        logits: Tensor = self.matching_head(states[:, 0])
+        logits: Tensor = _present(self.matching_head, "matching")(states[:, 0])
         return logits
 
     def new_cache(self, rows: int, max_length: int) -> TextCache:
@@ -186,7 +215,8 @@ class VisionLanguageModel(nn.Module):
         """How many layers run without the image: all in full fusion, those below the first cross-attention in late fusion."""
         return None if self.config.fusion == "full" else min(self.config.text.cross_attention)
 
-    def _first_token(self, ids: Tensor, mode: Mode) -> Tensor:
+    def with_first_token(self, ids: Tensor, mode: Mode) -> Tensor:
+        """ids (T, L) as that mode reads them: with the first token that `config.first_token` names for it, if any."""
         token = self.config.first_token.get(mode)
         if token is None:
             return ids
@@ -201,6 +231,13 @@ def decoder_config(config: ModelConfig) -> TextConfig:
         cross_attention=tuple(range(config.decoder_layers)),
         separate_causal_attention=False,
     )
+
+
+def _present(part: Part | None, head: str) -> Part:
+    """Raises CheckpointError where a head is absent."""
+    if part is None:
+        raise CheckpointError(f"this model has no {head} head; give a checkpoint whose model.heads name it.")
+    return part
 
 
 def _unit(projected: Tensor) -> Tensor:

@@ -1,22 +1,25 @@
-"""Image-text contrastive objective (ITC; Radford et al. 2021, Li et al. 2021), in-batch over all ranks.
+"""Image-text contrastive objective (ITC; Radford et al. 2021, Li et al. 2021), in-batch over all ranks, or against a momentum teacher's features.
 
-Letters: B images and T texts of this rank, W ranks, E width of the embeddings.
+Letters: B images and T texts of this rank, W ranks, C columns (keys), E width of the embeddings.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from vlm.data.batch import Batch
 from vlm.model.vision_language import VisionLanguageModel
 from vlm.objectives.objective import Features, Loss, Pass
+from vlm.objectives.pairs import comparable, pairs
 
 
 class Contrastive:
-    """Softmax cross-entropy both ways. All captions of an image are its positives; questions and slots of bad samples take no part."""
+    """Softmax cross-entropy both ways. All captions of an image are its positives; questions and slots of bad samples take no part.
+
+    With a teacher the columns are its features (and its queue), and the targets alpha * softmax(teacher's logits) + (1 - alpha) * positives.
+    """
 
     scope: Literal["pair", "micro"] = "pair"
 
@@ -29,26 +32,33 @@ class Contrastive:
         return ()
 
     def loss(self, model: VisionLanguageModel, outputs: Sequence[Tensor], features: Features, batch: Batch) -> Loss:  # noqa: ARG002
-        """Rows of this rank against the columns of all ranks, in fp32 (or better)."""
-        text = features.texts["plain"]
-        assert text.embedding is not None
-        # One image row for each text, so that rows and columns mean the same on both sides.
-        image_embedding = features.image.embedding.index_select(0, batch.texts.image)
-        ids = batch.image_ids.index_select(0, batch.texts.image)
-        valid = comparable(batch)
-        all_image, all_text = gather(image_embedding), gather(text.embedding)
-        all_ids, all_valid = gather(ids), gather(valid)
-        to_text = contrastive_rows(image_embedding, all_text, ids, all_ids, all_valid, model.temperature)
-        to_image = contrastive_rows(text.embedding, all_image, ids, all_ids, all_valid, model.temperature)
-        total = torch.where(valid, (to_text.loss + to_image.loss) / 2, 0.0).sum()
-        count = self.count(batch)
-        right = ((to_text.right & valid).sum() + (to_image.right & valid).sum()) / 2
+        """Rows of this rank against the columns of all ranks or of the teacher, in fp32 (or better)."""
+        own = pairs(features.image.embedding, features.texts["plain"].embedding, batch)
+        taught, temperature = features.teacher, model.temperature
+        blocks = [own.gathered()] if taught is None else taught.keys
+        ids, valid = torch.cat([block.ids for block in blocks]), torch.cat([block.valid for block in blocks])
+        images, texts = [block.image for block in blocks], [block.text for block in blocks]
+        to_text_logits, to_image_logits = (
+            similarity(own.image, texts, temperature),
+            similarity(own.text, images, temperature),
+        )
+        soft_text = soft_image = alpha = None
+        if taught is not None and taught.pairs is not None:
+            alpha, fixed = taught.alpha, temperature.detach()
+            soft_text = similarity(taught.pairs.image, texts, fixed)
+            soft_image = similarity(taught.pairs.text, images, fixed)
+        to_text = contrastive_rows(to_text_logits, own.ids, ids, valid, soft_text, alpha)
+        to_image = contrastive_rows(to_image_logits, own.ids, ids, valid, soft_image, alpha)
+        total = torch.where(own.valid, (to_text.loss + to_image.loss) / 2, 0.0).sum()
+        count = own.valid.sum()
+        right = ((to_text.right & own.valid).sum() + (to_image.right & own.valid).sum()) / 2
         return Loss(total, count, {"accuracy": (right, count)})
 
 
-def comparable(batch: Batch) -> Tensor:
-    """(T,) bool: texts that say what their image shows and have weight."""
-    return batch.texts.describes & (batch.texts.weight > 0)
+def similarity(queries: Tensor, blocks: Sequence[Tensor], temperature: Tensor) -> Tensor:
+    """(R, C) logits. queries: (R, E). blocks: of keys (., E), C in all; a queue is read where it lies, not copied."""
+    with torch.autocast(queries.device.type, enabled=False):
+        return torch.cat([queries @ keys.T for keys in blocks], dim=1) / temperature
 
 
 class _Rows(NamedTuple):
@@ -59,45 +69,26 @@ class _Rows(NamedTuple):
 
 
 def contrastive_rows(
-    queries: Tensor, keys: Tensor, ids: Tensor, key_ids: Tensor, key_valid: Tensor, temperature: Tensor
+    logits: Tensor,
+    ids: Tensor,
+    key_ids: Tensor,
+    key_valid: Tensor,
+    soft: Tensor | None = None,
+    alpha: Tensor | None = None,
 ) -> _Rows:
-    """Cross-entropy of each row's softmax over the columns against its positives, equally weighted.
+    """Cross-entropy of each row's softmax over the columns against its positives, equally weighted, mixed with softmax(soft) by `alpha`.
 
-    queries: (R, E). keys: (C, E). ids: (R,), key_ids: (C,), equal for positives. key_valid: (C,), columns that take part.
+    logits, soft: (R, C). ids: (R,), key_ids: (C,), equal for positives. key_valid: (C,), columns that take part. alpha: ().
     """
-    with torch.autocast(queries.device.type, enabled=False):
-        logits = queries @ keys.T / temperature
-        logits = logits.masked_fill(~key_valid, float("-inf"))
-        log_probability = torch.log_softmax(logits, dim=1)
+    absent = ~key_valid
+    logits = logits.masked_fill(absent, float("-inf"))
     positive = (ids[:, None] == key_ids[None, :]) & key_valid
-    share = positive / positive.sum(1, keepdim=True).clamp(min=1)
-    # A column of probability 0 is never a positive's with weight: 0 * -inf must not reach the sum.
-    loss = -(share * log_probability.masked_fill(~positive, 0.0)).sum(1)
+    target = positive / positive.sum(1, keepdim=True).clamp(min=1).to(logits.dtype)
+    if soft is not None and alpha is not None:
+        taught = torch.softmax(soft.masked_fill(absent, float("-inf")), dim=1)
+        target = target + alpha.to(target.dtype) * (taught - target)
+    # An absent column has target 0: 0 * -inf must not reach the sum.
+    log_probability = torch.log_softmax(logits, dim=1).masked_fill(absent, 0.0)
+    loss = -(target * log_probability).sum(1)
     right = positive.gather(1, logits.argmax(1, keepdim=True)).squeeze(1)
     return _Rows(loss, right)
-
-
-def gather(local: Tensor) -> Tensor:
-    """Rows of all ranks, in rank order; the backward pass sums the gradients of all ranks for the local rows."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return local
-    gathered: Tensor = _Gather.apply(local)
-    return gathered
-
-
-class _Gather(torch.autograd.Function):
-    """all_gather whose gradient is exact: d(sum of all ranks' losses) / d(local rows)."""
-
-    @staticmethod
-    def forward(ctx: Any, local: Tensor) -> Tensor:
-        parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, local.contiguous())
-        ctx.rows = len(local)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        gradient = gradients[0].contiguous()
-        dist.all_reduce(gradient)
-        start = dist.get_rank() * ctx.rows
-        return gradient[start : start + ctx.rows]

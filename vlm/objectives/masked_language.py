@@ -1,4 +1,7 @@
-"""Masked language modelling given the image (MLM; Devlin et al. 2019, Li et al. 2021). Letters: T texts, L tokens, D width, M hidden tokens."""
+"""Masked language modelling given the image (MLM; Devlin et al. 2019, Li et al. 2021).
+
+Letters: T texts, L tokens, D width, M hidden tokens, V vocabulary.
+"""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -13,7 +16,10 @@ from vlm.objectives.objective import Features, Loss, Pass, exact
 
 
 class MaskedLanguage:
-    """Predicts the hidden tokens; the vocabulary head runs on their positions only."""
+    """Predicts the hidden tokens; the vocabulary head runs on their positions only.
+
+    With a teacher its predictions are part of the targets: alpha * softmax(teacher's logits) + (1 - alpha) * the token hidden.
+    """
 
     scope: Literal["pair", "micro"] = "micro"
 
@@ -26,13 +32,17 @@ class MaskedLanguage:
         rows = torch.arange(len(_masked(batch).ids), device=batch.texts.ids.device)
         return [Pass(rows, batch.texts.image, view="masked")]
 
-    def loss(self, model: VisionLanguageModel, outputs: Sequence[Tensor], features: Features, batch: Batch) -> Loss:  # noqa: ARG002
+    def loss(self, model: VisionLanguageModel, outputs: Sequence[Tensor], features: Features, batch: Batch) -> Loss:
         """Cross-entropy at the hidden tokens, summed; a batch without any gives a 0 that still reaches every parameter, with gradient 0."""
         masked = _masked(batch)
         states = outputs[0].flatten(0, 1).index_select(0, masked.positions)
         logits = exact(model.masked_language_logits(states))
         used = self._weight(batch, masked) > 0
         losses = F.cross_entropy(logits, masked.labels, reduction="none")
+        taught = features.teacher
+        if taught is not None and taught.words is not None:
+            soft = F.cross_entropy(logits, torch.softmax(exact(taught.words), dim=1), reduction="none")
+            losses = losses + taught.alpha.to(losses.dtype) * (soft - losses)
         total = torch.where(used, losses, 0.0).sum()
         right = ((logits.argmax(1) == masked.labels) & used).sum()
         count = used.sum()

@@ -1,6 +1,8 @@
 """What an objective is: it asks for passes through the model, then turns their outputs into a sum and a count.
 
 The two steps let a task join the passes of all objectives into one `fuse` and one `decode`.
+
+Letters: B images, T texts, L tokens, D width, M hidden tokens, V vocabulary, R rows.
 """
 
 from collections.abc import Sequence
@@ -13,6 +15,21 @@ from torch import Tensor
 from vlm.data.batch import Batch
 from vlm.model.attention import CrossMemory
 from vlm.model.vision_language import ImageFeatures, TextFeatures, VisionLanguageModel
+from vlm.objectives.pairs import Pairs
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What a momentum teacher says of a batch, without gradient.
+
+    alpha: (), the present weight of its soft targets. pairs: its embeddings of this rank's pairs. keys: the columns that they and the model's are
+    compared with, in blocks. words: (M, V) its logits of the hidden tokens. pairs is None, keys empty, words None where not wanted.
+    """
+
+    alpha: Tensor
+    pairs: Pairs | None
+    keys: Sequence[Pairs]
+    words: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -22,16 +39,22 @@ class Features:
     image: ImageFeatures
     texts: dict[str, TextFeatures]
     memory: dict[str, CrossMemory]
+    teacher: Taught | None = None
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass through the fusion layers (or, causal, the decoder). text_rows, memory_rows: (R,) rows of the view and of the images' memory."""
+    """A pass through the fusion layers (or, causal, the decoder). text_rows, memory_rows: (R,) rows of the view and of the images' memory.
+
+    text, memory: in place of these, texts and images of other ranks.
+    """
 
     text_rows: Tensor
     memory_rows: Tensor
     view: Literal["plain", "masked"] = "plain"
     causal: bool = False
+    text: TextFeatures | None = None
+    memory: CrossMemory | None = None
 
 
 @dataclass(frozen=True)

@@ -38,11 +38,16 @@ def generate_captions(
     model: VisionLanguageModel, memory: CrossMemory, tokenizer: Tokenizer, prompt: str, settings: GenerationConfig
 ) -> list[Generated]:
     """One caption for each row of the images' decoder memory."""
-    start = tokenizer.encode(prompt)[:-1] if prompt else [tokenizer.cls_id]
-    ids = torch.tensor([start] * len(memory), device=model.device)
+    ids = caption_start(model, tokenizer, prompt, len(memory))
     return beam_search(
         model, memory, ids, None, generation_rules(settings, tokenizer), settings.beams, settings.length_penalty
     )
+
+
+def caption_start(model: VisionLanguageModel, tokenizer: Tokenizer, prompt: str, rows: int) -> Tensor:
+    """(rows, L) ids that captions continue: the prompt behind the decoder's own first token, which the repetition penalty counts too."""
+    start = tokenizer.encode(prompt)[:-1] if prompt else [tokenizer.cls_id]
+    return model.with_first_token(torch.tensor([start] * rows, device=model.device), "decoder")
 
 
 def caption_reward(tokenizer: Tokenizer, sets: Iterable[ShardSet]) -> Reward:

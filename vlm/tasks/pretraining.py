@@ -1,10 +1,12 @@
 """Pretraining with any of the family's objectives; evaluated by zero-shot retrieval from embeddings."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from vlm.config import ObjectivesConfig
 from vlm.data.batch import Batch
@@ -16,8 +18,11 @@ from vlm.objectives.captioning import Captioning
 from vlm.objectives.contrastive import Contrastive
 from vlm.objectives.masked_language import MaskedLanguage
 from vlm.objectives.matching import Matching
-from vlm.objectives.objective import Objective
+from vlm.objectives.objective import Features, Loss, Objective
+from vlm.objectives.pairs import largest
 from vlm.objectives.self_critical import SelfCritical
+from vlm.objectives.sigmoid import SigmoidContrastive
+from vlm.objectives.teacher import Teacher
 from vlm.tasks.task import Record, Task
 
 
@@ -30,8 +35,8 @@ def build_objectives(
         ConfigError: all weights are 0.
     """
     known: dict[str, Objective] = {
-        "contrastive": Contrastive(),
-        "matching": Matching(),
+        "contrastive": SigmoidContrastive() if config.contrastive_loss == "sigmoid" else Contrastive(),
+        "matching": Matching(config.negatives),
         "masked_language": MaskedLanguage(),
         "captioning": Captioning(config.label_smoothing),
     }
@@ -45,6 +50,22 @@ def build_objectives(
     return {name: known[name] for name in weights}, weights
 
 
+def build_teacher(model: VisionLanguageModel, config: ObjectivesConfig) -> Teacher | None:
+    """The momentum teacher, a copy of `model` as it is now, where the settings ask for one."""
+    if config.momentum == 0:
+        return None
+    return Teacher(
+        model,
+        config.momentum,
+        config.queue,
+        config.alpha,
+        config.alpha_ramp,
+        config.keys,
+        compares=config.contrastive > 0 and config.contrastive_loss == "softmax",
+        predicts=config.masked_language > 0,
+    )
+
+
 class Pretraining(Task):
     """Contrastive, matching, masked language modelling and captioning, each with its weight."""
 
@@ -54,6 +75,44 @@ class Pretraining(Task):
         self, model: VisionLanguageModel, config: ObjectivesConfig, self_critical: SelfCritical | None = None
     ) -> None:
         super().__init__(model, *build_objectives(config, self_critical))
+        self.teacher = build_teacher(model, config)
+        self.exchanges_texts = config.matching > 0 and config.negatives == "joined"
+        self.compares = self.exchanges_texts or config.contrastive > 0
+
+    def forward(self, batch: Batch) -> dict[str, Loss]:
+        """The losses of one micro-batch."""
+        return super().forward(self._evened(batch))
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """What each loss will be divided by."""
+        return super().counts(self._evened(batch))
+
+    def _evened(self, batch: Batch) -> Batch:
+        """As many texts on every rank where ranks compare them (images differ in their number of captions), as long where they exchange them."""
+        if self.compares:
+            batch = batch.filled_up(largest(len(batch.texts.ids)))
+        if self.exchanges_texts:
+            batch = batch.lengthened(largest(batch.texts.ids.shape[1]), self.model.config.text.pad_id)
+        return batch
+
+    def features(self, batch: Batch) -> Features:
+        """What the objectives share, and what the teacher says."""
+        features = super().features(batch)
+        if self.teacher is None:
+            return features
+        with torch.no_grad():
+            image = self.encode_image(batch.images, self.teacher.model)
+        return replace(features, teacher=self.teacher(image, batch, learning=self.training))
+
+    def prepare(self, epoch_steps: int) -> None:
+        if self.teacher is not None:
+            self.teacher.prepare(epoch_steps)
+
+    def after_step(self) -> None:
+        """The temperature is clamped before the teacher averages it."""
+        super().after_step()
+        if self.teacher is not None:
+            self.teacher.update(self.model)
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Record]:

@@ -18,6 +18,7 @@ class Task(nn.Module):
     """The base of every task.
 
     Attributes: `model`; `weights`, of each loss in the total; `metric`, the score that selects the best checkpoint (higher is better);
+    `learned`, the objectives that have parameters of their own, which the trainer trains beside the model's;
     `blank_images`, whether images are replaced by grey.
     """
 
@@ -30,6 +31,7 @@ class Task(nn.Module):
         self.model = model
         self.objectives = dict(objectives)
         self.weights = dict(weights)
+        self.learned = nn.ModuleDict({name: o for name, o in objectives.items() if isinstance(o, nn.Module)})
         self.blank_images = False
 
     def forward(self, batch: Batch) -> dict[str, Loss]:
@@ -64,13 +66,15 @@ class Task(nn.Module):
             memory["decoder"] = memory["fusion"] if shared else self.model.memory(image.tokens, None, "decoder")
         return Features(image, views, memory)
 
-    def encode_image(self, images: Tensor) -> ImageFeatures:
-        """The images' features, or those of grey where the run measures what the text alone gives."""
+    def encode_image(self, images: Tensor, model: VisionLanguageModel | None = None) -> ImageFeatures:
+        """The images' features (by the task's model, or another), or those of grey where the run measures what the text alone gives."""
+        model = self.model if model is None else model
         if not self.blank_images:
-            return self.model.encode_image(images)
-        grey = self.model.encode_image(torch.full_like(images[:1], 127 if images.dtype == torch.uint8 else 0))
+            return model.encode_image(images)
+        grey = model.encode_image(torch.full_like(images[:1], 127 if images.dtype == torch.uint8 else 0))
         count = len(images)
-        return ImageFeatures(grey.tokens.expand(count, -1, -1), grey.embedding.expand(count, -1))
+        projected = None if grey.projected is None else grey.projected.expand(count, -1)
+        return ImageFeatures(grey.tokens.expand(count, -1, -1), projected)
 
     def _run(self, passes: list[Pass], features: Features) -> list[Tensor]:
         outputs: list[Tensor | None] = [None] * len(passes)
@@ -80,15 +84,19 @@ class Task(nn.Module):
                 continue
             group = [passes[i] for i in chosen]
             text = TextFeatures.join(
-                [self.model.fusion_view(features.texts[p.view]).select(p.text_rows) for p in group]
+                [
+                    self.model.fusion_view(features.texts[p.view] if p.text is None else p.text).select(p.text_rows)
+                    for p in group
+                ]
             )
-            memory = features.memory["decoder" if causal else "fusion"].select(
-                torch.cat([p.memory_rows for p in group])
-            )
+            memory = _memory(features.memory["decoder" if causal else "fusion"], group)
             states = self.model.decode_states(text.ids, memory) if causal else self.model.fuse(text, memory)
             for i, part in zip(chosen, states.split([len(p.text_rows) for p in group]), strict=True):
                 outputs[i] = part
         return [o for o in outputs if o is not None]
+
+    def prepare(self, epoch_steps: int) -> None:
+        """Called once before training, with the number of optimizer steps an epoch."""
 
     def after_step(self) -> None:
         """Called after each optimizer step."""
@@ -111,10 +119,25 @@ class Task(nn.Module):
         return []
 
     def training_state(self) -> dict[str, Tensor]:
-        """Tensors outside the model that must survive a restart."""
-        return {}
+        """Tensors outside the model that must survive a restart: those of the task's other modules."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("model.")}
 
     def load_training_state(self, state: dict[str, Tensor]) -> None:
-        """Takes back what `training_state` gave."""
-        if state:
-            raise ValueError(f"{type(self).__name__} has no training state, got {sorted(state)}.")
+        """Takes back what `training_state` gave.
+
+        Raises:
+            ValueError, RuntimeError: it is of a task with other modules, or of others' size.
+        """
+        names = self.training_state().keys()
+        if strangers := sorted(names ^ state.keys()):
+            raise ValueError(f"the task's state is of other settings, {len(strangers)} such as {strangers[0]}")
+        self.load_state_dict(state, strict=False)
+
+
+def _memory(shared: CrossMemory, passes: Sequence[Pass]) -> CrossMemory:
+    """What the passes read, below each other: their rows of the batch's memory, or of their own."""
+    if all(p.memory is None for p in passes):
+        return shared.select(torch.cat([p.memory_rows for p in passes]))
+    parts = [(shared if p.memory is None else p.memory).select(p.memory_rows) for p in passes]
+    keys = [torch.cat(layer) for layer in zip(*(part.keys for part in parts), strict=True)]
+    return CrossMemory(keys, [torch.cat(layer) for layer in zip(*(part.values for part in parts), strict=True)])

@@ -8,6 +8,7 @@ Letters: B images, T questions, A answers, L tokens, D width.
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -160,10 +161,15 @@ def answer_questions(
     generation: GenerationConfig,
     max_answer_tokens: int,
 ) -> list[tuple[str, float]]:
-    """Answer and probability for each prompt: the best of the list if there is a tree, exactly; else by open generation."""
+    """Answer and probability for each prompt: the best of the list if there is a tree, exactly; else by open generation, at least one token."""
     if tree is not None:
         return [(answers[best[0].answer], best[0].probability) for best in rank_answers(model, memory, ids, mask, tree)]
-    rules = Rules(end_id=tokenizer.sep_id, max_length=max_answer_tokens, min_length=1)
+    rules = Rules(end_id=tokenizer.sep_id, max_length=max_answer_tokens, min_length=min(1, max_answer_tokens - 1))
+    if model.config.decoder == "separate" and model.config.decoder_reads == "question":
+        # Penalties count the prompt's tokens. Where that is the question there are none: an answer may well repeat its words.
+        penalty, size = generation.repetition_penalty, generation.no_repeat_ngram
+        rules = replace(rules, repetition_penalty=penalty, no_repeat_ngram=size)
+        ids = model.with_first_token(ids, "decoder")
     texts = beam_search(model, memory, ids, mask, rules, generation.beams, generation.length_penalty)
     return [(tidy(tokenizer.decode(text.ids)), text.probability) for text in texts]
 

@@ -59,7 +59,8 @@ def start(device: str | None = None) -> Ranks:
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        # With GPUs gloo as well: what the processors tell each other (lengths, names) does not wait for a device.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
     return Ranks(rank, world, place)
 
 

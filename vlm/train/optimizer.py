@@ -13,14 +13,21 @@ from vlm.errors import ConfigError
 UNDECAYED = ("position", "pos_embed", "cls_token", "reg_token", "dist_token")
 
 
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, object]]:
-    """Groups by rate factor and decay. Biases, norms, positions and the temperature never decay.
+def named_parameters(model: nn.Module, beside: nn.Module | None = None) -> dict[str, nn.Parameter]:
+    """The model's parameters by name, and those `beside` it (of objectives)."""
+    return dict(model.named_parameters()) | ({} if beside is None else dict(beside.named_parameters()))
+
+
+def parameter_groups(
+    model: nn.Module, config: OptimizerConfig, beside: nn.Module | None = None
+) -> list[dict[str, object]]:
+    """Groups by rate factor and decay. Biases, norms, positions and the temperature never decay. beside: see `named_parameters`.
 
     Raises:
         ConfigError: `lr_factors` names a part that is not there.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    everything = [name for name, _ in model.named_parameters()]
+    everything = named_parameters(model, beside)
+    named = [(name, p) for name, p in everything.items() if p.requires_grad]
     for prefix in config.lr_factors:
         if not any(_within(name, prefix) for name in everything):
             parts = sorted({name.split(".")[0] for name in everything})
@@ -51,24 +58,31 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and not any(part in name for part in UNDECAYED)
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: OptimizerConfig, beside: nn.Module | None = None) -> torch.optim.AdamW:
     """Fused where the device has it."""
-    return torch.optim.AdamW(parameter_groups(model, config), lr=config.lr, betas=config.betas, fused=True)
+    return torch.optim.AdamW(parameter_groups(model, config, beside), lr=config.lr, betas=config.betas, fused=True)
 
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+def optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, beside: nn.Module | None = None
+) -> dict[str, dict[str, Any]]:
     """What the optimizer remembers of each parameter, by the parameter's name: it does not depend on groups or their order."""
-    names = _names(model, optimizer)
+    names = _names(named_parameters(model, beside), optimizer)
     return {names[index]: state for index, state in optimizer.state_dict()["state"].items()}
 
 
-def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Any]]) -> None:
+def load_optimizer_state(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, dict[str, Any]],
+    beside: nn.Module | None = None,
+) -> None:
     """Takes back what `optimizer_state` gave; rates and decay stay those of the present settings.
 
     Raises:
         ValueError: it is of other parameters.
     """
-    names = _names(model, optimizer)
+    names = _names(named_parameters(model, beside), optimizer)
     if strangers := sorted(set(state) - set(names)):
         raise ValueError(f"the optimizer's state is of other parameters, {len(strangers)} such as {strangers[0]}")
     # What the task never used has none.
@@ -76,9 +90,9 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sta
     optimizer.load_state_dict({"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+def _names(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> list[str]:
     """The parameters' names in the order in which the optimizer numbers them."""
-    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    known = {id(parameter): name for name, parameter in named.items()}
     return [known[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 

@@ -67,7 +67,8 @@ class Trainer:
                 "use a smaller data.batch_size or more data."
             )
         self.total_steps = max(1, round(config.train.epochs * self.epoch_steps))
-        self.optimizer = build_optimizer(task.model, config.optimizer)
+        task.prepare(self.epoch_steps)
+        self.optimizer = build_optimizer(task.model, config.optimizer, task.learned)
         self.factor = schedule(config.optimizer, self.total_steps, self.epoch_steps)
         self.averaging = Averaging(task.model, config.train.averaging)
         self.wrapped: nn.Module = task
@@ -273,7 +274,7 @@ class Trainer:
             "evaluated": self.evaluated,
             "model": self.task.model.state_dict(),
             "averaged": None if averaged is None else averaged.state_dict(),
-            "optimizer": optimizer_state(self.task.model, self.optimizer),
+            "optimizer": optimizer_state(self.task.model, self.optimizer, self.task.learned),
             "task": self.task.training_state(),
             "random": self.ranks.gather([saved_state.random_state(self.ranks.device)]),
             "scores": self.scores,
@@ -294,7 +295,7 @@ class Trainer:
             self.task.model.load_state_dict(state["model"])
             if self.averaging.averaged is not None and state["averaged"] is not None:
                 self.averaging.averaged.load_state_dict(state["averaged"])
-            load_optimizer_state(self.task.model, self.optimizer, state["optimizer"])
+            load_optimizer_state(self.task.model, self.optimizer, state["optimizer"], self.task.learned)
             self.task.load_training_state(state["task"])
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]

@@ -1,0 +1,45 @@
+"""The settings of the objectives: a part of `vlm/config.py`, from which they are imported."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectivesConfig:
+    """Weights of the objectives (0 leaves one out) and their settings."""
+
+    contrastive: float = 1.0
+    """Image-text contrastive."""
+    matching: float = 1.0
+    """Image-text matching with hard negatives."""
+    masked_language: float = 1.0
+    """Masked language modelling given the image."""
+    captioning: float = 0.0
+    """Causal captioning."""
+    self_critical: float = 0.0
+    """Captions drawn from the model, rewarded by CIDEr-D against their image's references; for the end of training. In the task captioning
+    it takes the place of the cross-entropy, to which `captioning` then gives a weight."""
+    contrastive_loss: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax: each image picks its text among all, and the reverse (CLIP, ALBEF, BLIP); sigmoid: every pair on its own (SigLIP, which starts
+    from model.temperature 0.1); it takes no teacher."""
+    momentum: float = 0.0
+    """Decay of the momentum teacher (ALBEF, BLIP: 0.995), whose features are the keys of contrastive and whose predictions are soft targets of
+    contrastive and masked_language; 0: no teacher."""
+    queue: int = 0
+    """With a teacher: features of earlier steps that are keys too (ALBEF 65536, BLIP 57600); 0: none."""
+    keys: Literal["joined", "local"] = "joined"
+    """With a teacher: keys are its features of all ranks' batches and the queue, or of this rank's batch and the queue (as published)."""
+    alpha: float = 0.4
+    """With a teacher: weight of its soft targets; 0: hard targets only."""
+    alpha_ramp: float = 1.0
+    """Epochs over which alpha grows from 0 (ALBEF 1, BLIP 2); fractions allowed."""
+    negatives: Literal["local", "joined"] = "local"
+    """Where matching looks for hard negatives: in this rank's micro-batch, or in those of all ranks (as BLIP may: it sends image tokens around)."""
+    masking_probability: float = 0.15
+    """Share of the tokens hidden for masked_language."""
+    whole_words: bool = False
+    """For masked_language: hide all pieces of a word or none."""
+    label_smoothing: float = 0.1
+    """Label smoothing of captioning and answers (PyTorch's definition)."""
+    answer_weight: float = 1.0
+    """With data.questions: weight of an answer's token in `captioning` beside a caption's, of which there are far more."""
