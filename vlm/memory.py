@@ -11,7 +11,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 def keep_freed_memory() -> bool:
     """From here on large tensors come from the heap, which does not shrink; whether the C library could be told so.
 
-    By default glibc maps each large block anew and unmaps it when freed, so that a training step on a CPU spends a tenth to a fifth of its time
+    By default glibc maps each large block anew and unmaps it when freed, so that a training step on a CPU spends about a tenth of its time
     on page faults (benchmarks/cpu_training.py). The heap stays as large as it has been at its largest. What the user has set by
     glibc's own environment variables stays.
     """

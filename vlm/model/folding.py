@@ -1,7 +1,7 @@
 """Frozen batch norm folded into the convolutions before it: the same numbers with fewer passes over memory.
 
 In evaluation mode batch norm is a fixed scale and shift of each channel, which a convolution can carry in its weights (Jacob et al. 2018, 3.2).
-The forward pass of a frozen EfficientNet-Lite2 takes 0.7 times as long on a CPU (benchmarks/cpu_training.py).
+With the memory kept (vlm/memory.py) a captioning step on two CPU cores is 1.2 times as fast (benchmarks/cpu_training.py).
 """
 
 import copy
