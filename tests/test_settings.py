@@ -272,6 +272,7 @@ def test_yaml_round_trip(config: Config, write: WriteYaml) -> None:
             "task: vqa\ndata: {question_prompt: 'question:'}",
             "data.question_prompt='question:' must contain {question}.",
         ),
+        ("task: vqa\nobjectives: {momentum: 0.995}", "objectives.momentum=0.995: only task=pretraining has a teacher"),
         ("data: {questions: true}", "data.questions needs objectives.captioning above 0 (it is 0)"),
         (
             "data: {questions: true}\nobjectives: {captioning: 1.0}\nvqa: {form: encoder_decoder}",

@@ -9,8 +9,11 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from vlm.errors import UserError
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +44,19 @@ def _parser() -> argparse.ArgumentParser:
         prog="vlm", description="Train, evaluate and score compact vision-language models."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_runs(commands)
+    _add_score(commands)
+    _add_checkpoints(commands)
+    plot = commands.add_parser("plot", help="draw the curves of one or several runs")
+    plot.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    plot.add_argument("--out", type=Path, metavar="PNG", help="default: curves.png in the first run's folder")
+    plot.set_defaults(run=_plot)
 
+    _add_shards(commands)
+    return parser
+
+
+def _add_runs(commands: Commands) -> None:
     train = commands.add_parser(
         "train",
         help="train from a config",
@@ -68,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.set_defaults(run=_evaluate)
 
+
+def _add_score(commands: Commands) -> None:
     score = commands.add_parser("score", help="score a prediction file in the official form").add_subparsers(
         dest="kind", required=True, metavar="KIND"
     )
@@ -81,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
         kind.add_argument("--json", action="store_true", help="print one JSON object")
         kind.set_defaults(run=_score)
 
+
+def _add_checkpoints(commands: Commands) -> None:
     export = commands.add_parser("export", help="make checkpoints ready to hand on: averaged, halved, cut into files")
     export.add_argument(
         "checkpoints", type=Path, nargs="+", metavar="DIR", help="one checkpoint, or several of one shape to average"
@@ -112,11 +131,8 @@ def _parser() -> argparse.ArgumentParser:
         kind.add_argument("target", type=Path, metavar="DST", help="the folder to write; must not exist")
         kind.set_defaults(run=_convert)
 
-    plot = commands.add_parser("plot", help="draw the curves of one or several runs")
-    plot.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    plot.add_argument("--out", type=Path, metavar="PNG", help="default: curves.png in the first run's folder")
-    plot.set_defaults(run=_plot)
 
+def _add_shards(commands: Commands) -> None:
     shards = commands.add_parser("shards", help="look after shards").add_subparsers(
         dest="kind", required=True, metavar="KIND"
     )
@@ -146,7 +162,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     bootstrap.add_argument("--seed", type=int, default=0, metavar="N")
     bootstrap.set_defaults(run=_bootstrap)
-    return parser
 
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:

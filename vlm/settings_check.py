@@ -67,6 +67,10 @@ def check(config: Config) -> None:
         raise ConfigError(
             "model.fusion=late needs layers with cross-attention; name the last ones in model.text.cross_attention."
         )
+    if config.objectives.momentum > 0 and config.task != "pretraining":
+        raise ConfigError(
+            f"objectives.momentum={config.objectives.momentum:g}: only task=pretraining has a teacher; set it to 0."
+        )
     if data.questions and (config.objectives.captioning == 0 or config.vqa.form != "prompted"):
         raise ConfigError(
             f"data.questions needs objectives.captioning above 0 (it is {config.objectives.captioning:g}), which learns the answers, "
