@@ -10,6 +10,10 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vlm.predictor import Predictor
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 MODEL = Path(__file__).parent / "model"
@@ -45,14 +49,12 @@ def caption(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: nothing can be captioned.
     """
-    from vlm.errors import BadImage, CheckpointError
+    from vlm.errors import BadImage
 
     paths = list(listed(arguments.images))
-    if arguments.model == str(MODEL) and not MODEL.exists():
-        raise CheckpointError(f"{MODEL} is not there; give the folder of a captioning checkpoint with --model DIR.")
-    from vlm.predictor import Predictor, Said
+    predictor = load(arguments.model, arguments.device)
+    from vlm.predictor import Said
 
-    predictor = Predictor.load(arguments.model, arguments.device)
     status = 0
     for path in paths:
         found: Said | str
@@ -67,6 +69,21 @@ def caption(arguments: argparse.Namespace) -> int:
         else:
             print(found.text if isinstance(found, Said) else "", flush=True)
     return status
+
+
+def load(model: str, device: str | None) -> "Predictor":
+    """The checkpoint that a demo was given, or the one beside it.
+
+    Raises:
+        UserError: it is not there, or cannot be used.
+    """
+    from vlm.errors import CheckpointError
+
+    if model == str(MODEL) and not MODEL.exists():
+        raise CheckpointError(f"{MODEL} is not there; give a checkpoint folder with --model DIR.")
+    from vlm.predictor import Predictor
+
+    return Predictor.load(model, device)
 
 
 def listed(names: list[str]) -> Iterator[str]:

@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from caption import MODEL, listed
+from caption import MODEL, listed, load
 
 IMAGES = Path(__file__).parent / "images"
 COLUMNS = 5
@@ -46,20 +46,16 @@ def describe(folder: str, model: str, device: str | None) -> list[dict[str, Any]
     Raises:
         UserError: the model, an image or questions.json cannot be used.
     """
-    from vlm.errors import CheckpointError, UserError
+    from vlm.errors import UserError
 
     paths = [Path(path) for path in listed([folder])]
-    if model == str(MODEL) and not MODEL.exists():
-        raise CheckpointError(f"{MODEL} is not there; give the folder of a checkpoint with --model DIR.")
-    from vlm.predictor import Predictor
-
     file = paths[0].parent / "questions.json"
     try:
         asked = json.loads(file.read_text()) if file.exists() else {}
         wanted = {path: [(q["question"], q["answer"]) for q in asked.get(path.name, [])] for path in paths}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f'{file}: expected {{"image.jpg": [{{"question": ..., "answer": ...}}]}}.') from None
-    predictor = Predictor.load(model, device)
+    predictor = load(model, device)
     captions = predictor.caption(paths)
     return [
         {

@@ -7,7 +7,7 @@ import argparse
 import json
 import sys
 
-from caption import MODEL, listed
+from caption import MODEL, listed, load
 
 
 def main() -> int:
@@ -43,14 +43,10 @@ def retrieve(arguments: argparse.Namespace) -> int:
     """
     from tqdm import tqdm
 
-    from vlm.errors import BadImage, CheckpointError
+    from vlm.errors import BadImage
 
     paths = list(listed(arguments.images))
-    if arguments.model == str(MODEL) and not MODEL.exists():
-        raise CheckpointError(f"{MODEL} is not there; give the folder of a pretrained checkpoint with --model DIR.")
-    from vlm.predictor import Predictor
-
-    predictor = Predictor.load(arguments.model, arguments.device)
+    predictor = load(arguments.model, arguments.device)
     wanted = predictor.embed_texts([arguments.text])[0]
     found: list[tuple[float, str]] = []
     for path in tqdm(paths, unit="image", disable=len(paths) < 50 or not sys.stderr.isatty(), leave=False):

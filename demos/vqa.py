@@ -3,9 +3,8 @@
 import argparse
 import json
 import sys
-from pathlib import Path
 
-MODEL = Path(__file__).parent / "model"
+from caption import MODEL, load
 
 
 def main() -> int:
@@ -19,14 +18,10 @@ def main() -> int:
     if not arguments.question.strip():
         parser.error("QUESTION is empty")
 
-    from vlm.errors import BadImage, CheckpointError, UserError
+    from vlm.errors import BadImage, UserError
 
     try:
-        if arguments.model == str(MODEL) and not MODEL.exists():
-            raise CheckpointError(f"{MODEL} is not there; give the folder of a VQA checkpoint with --model DIR.")
-        from vlm.predictor import Predictor
-
-        said = Predictor.load(arguments.model, arguments.device).answer(arguments.image, arguments.question)
+        said = load(arguments.model, arguments.device).answer(arguments.image, arguments.question)
     except UserError as error:
         print(f"vqa: {error}", file=sys.stderr)
         if arguments.json and isinstance(error, BadImage):

@@ -152,10 +152,7 @@ def test_without_a_model_it_says_how_to_give_one(demo: Demo, pictures: list[Path
         [sys.executable, demos / "caption.py", pictures[0]], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (1, "")
-    assert (
-        done.stderr
-        == f"caption: {demos / 'model'} is not there; give the folder of a captioning checkpoint with --model DIR.\n"
-    )
+    assert done.stderr == f"caption: {demos / 'model'} is not there; give a checkpoint folder with --model DIR.\n"
 
 
 def test_a_request_to_stop_leaves_no_traceback(

@@ -83,11 +83,10 @@ def test_models_that_cannot_be_used(
 def test_without_a_model_it_says_how_to_give_one(pictures: list[Path], tmp_path: Path) -> None:
     demos = tmp_path / "demos"
     demos.mkdir()
-    shutil.copy(ROOT / "demos/vqa.py", demos)
+    for name in ("vqa.py", "caption.py"):
+        shutil.copy(ROOT / "demos" / name, demos)
     done = subprocess.run(
         [sys.executable, demos / "vqa.py", pictures[0], "What?"], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (1, "")
-    assert (
-        done.stderr == f"vqa: {demos / 'model'} is not there; give the folder of a VQA checkpoint with --model DIR.\n"
-    )
+    assert done.stderr == f"vqa: {demos / 'model'} is not there; give a checkpoint folder with --model DIR.\n"
