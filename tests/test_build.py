@@ -16,6 +16,7 @@ from vlm.build import (
     build_parts,
     build_task,
     check_held_out,
+    image_hiding,
     load_sets,
     sample_encoder,
     training_images,
@@ -32,6 +33,7 @@ from vlm.config import (
     TokenizerConfig,
     VqaConfig,
 )
+from vlm.data.hiding import PatchHiding
 from vlm.data.samples import CaptionEncoder, JointEncoder, QuestionEncoder
 from vlm.data.shards import ShardSet, ShardWriter, load_index
 from vlm.data.text import Tokenizer
@@ -350,6 +352,38 @@ def test_each_task_reads_what_it_learns(shards: Callable[..., ShardSet], tiny_co
                 masks = name == "pretraining" and training
                 assert encoder.masking_probability == (0.15 if masks else None)
             assert encoder.texts_per_image == ("one" if training else "all")
+
+
+def test_patches_are_hidden_in_pretraining_only(shards: Callable[..., ShardSet], tiny_config: MakeConfig) -> None:
+    objectives = ObjectivesConfig(masked_image=1.0, hidden_unit=16)
+    parts = build_parts(Config(model=tiny_config(), objectives=objectives), [shards()])
+    encoder, config = parts.model.image_encoder, parts.config
+    hiding = image_hiding(config, encoder)
+    assert hiding == PatchHiding((2, 2), 1, 0.6)
+    for training in (True, False):
+        made = sample_encoder(config, parts.tokenizer, 32, training, hiding)
+        assert isinstance(made, CaptionEncoder)
+        assert made.hiding == (hiding if training else None)
+    assert image_hiding(replace(config, task="captioning"), encoder) is None
+    assert image_hiding(replace(config, objectives=ObjectivesConfig()), encoder) is None
+    with pytest.raises(ConfigError, match=r"objectives\.hidden_unit=32 does not cut 32x32 px .*; use 16\."):
+        image_hiding(replace(config, objectives=replace(objectives, hidden_unit=32)), encoder)
+    resnet = build_parts(replace(config, model=tiny_config(image="test_resnet")), [shards()])
+    for refused in (lambda: image_hiding(config, resnet.model.image_encoder), lambda: build_task(config, resnet)):
+        with pytest.raises(ConfigError, match="cannot hide patches of test_resnet"):
+            refused()
+
+
+def test_dropping_patches_is_a_matter_of_the_run(
+    shards: Callable[..., ShardSet], tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    """A checkpoint that was trained without some goes on with all of them, or the reverse."""
+    model = tiny_config()
+    dropping = replace(model, image=replace(model.image, patch_drop=0.5))
+    for name, before, after, tokens in (("tail", dropping, model, 5), ("start", model, dropping, 3)):
+        folder = save(build_parts(Config(model=before), [shards()]), tmp_path / name)
+        encoder = build_parts(Config(model=after, init_from=folder), []).model.image_encoder.train()
+        assert encoder(torch.zeros(1, 3, 32, 32)).shape[1] == tokens
 
 
 def test_whole_words_need_a_tokenizer_that_has_them(

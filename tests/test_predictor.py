@@ -67,6 +67,17 @@ def test_captions_do_not_depend_on_the_batch(predictor: Predictor) -> None:
     assert [s.text for s in predictor.caption(images, sampled=True, seed=3, batch_size=3)] == drawn
 
 
+def test_dropout_of_training_changes_nothing(checkpoint: Callable[..., Path]) -> None:
+    """A known fault of peers: dropout that is active in evaluation."""
+    images, texts = [picture(seed) for seed in range(3)], ["a red circle", "two dogs"]
+    found = []
+    for rate in (0.0, 0.5):
+        own = Predictor.load(checkpoint(text={"dropout": rate, "attention_dropout": rate}), "cpu")
+        assert own.model.config.text.dropout == rate
+        found.append((own.caption(images), own.match(images[0], texts), own.embed_texts(texts).tolist()))
+    assert found[0] == found[1]
+
+
 def test_settings_override_the_checkpoint_s(predictor: Predictor) -> None:
     images = [picture(seed) for seed in range(6)]
 

@@ -160,7 +160,7 @@ def test_help_shows_every_setting_with_its_meaning_and_present_value(
         assert f"--{name.replace('_', '-')}" in shown, name
     plain = " ".join(shown.replace("│", " ").split())
     assert "Peak rate. (default: 0.00777)" in plain
-    assert "A checkpoint folder to start from" in plain
+    assert "to start from" in plain
     assert f"vlm train {path}" in plain
 
 
@@ -277,6 +277,13 @@ def test_yaml_round_trip(config: Config, write: WriteYaml) -> None:
         (
             "data: {questions: true}\nobjectives: {captioning: 1.0}\nvqa: {form: encoder_decoder}",
             "data.questions needs objectives.captioning above 0 (it is 1), which learns the answers, and vqa.form=prompted",
+        ),
+        ("objectives: {masked_image: 1, hidden_share: 1}", "objectives.hidden_share=1.0; expected 0 (off) to below 1."),
+        ("objectives: {hidden_share: 0}", "objectives.hidden_share=0.0; expected a number above 0."),
+        ("model: {image: {patch_drop: 1}}", "model.image.patch_drop=1.0; expected 0 (off) to below 1."),
+        (
+            "objectives: {masked_image: 1}\ndata: {blank_images: true}",
+            "objectives.masked_image=1 with data.blank_images=True: there is nothing to learn in grey",
         ),
         ("train: {averaging: 1.0}", "train.averaging=1.0; expected 0 (off) to below 1."),
         (

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from vlm.data.images import decode_image
 from vlm.data.index import ShardSet
-from vlm.data.records import Record
+from vlm.data.records import Record, extension_of
 from vlm.data.scan import scan
 from vlm.data.shards import ShardWriter
 from vlm.data.text import clean_caption
@@ -69,18 +69,13 @@ def bootstrap(
             writer.write(
                 record.key,
                 record.image,
-                _extension(record.image),
+                extension_of(record.image),
                 [*record.captions, *new],
                 record.questions,
                 record.name,
             )
             images, added = images + 1, added + len(new)
     return Bootstrapped(images, added, sum(map(len, candidates.values())), threshold)
-
-
-def _extension(image: bytes) -> str:
-    signatures = {b"\x89PNG": "png", b"RIFF": "webp"}
-    return signatures.get(image[:4], "jpg")
 
 
 def _batches(shards: ShardSet, size: int) -> Iterator[list[Record]]:

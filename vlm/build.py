@@ -8,20 +8,24 @@ import torch
 from torch import Tensor
 
 from vlm.config import Config, ModelConfig, TextConfig
-from vlm.data.collate import SampleEncoder
-from vlm.data.images import EvaluationTransform, TrainingTransform
+from vlm.data.encoders import answers_questions as answers_questions
+from vlm.data.encoders import sample_encoder as sample_encoder
+from vlm.data.hiding import PatchHiding, patch_hiding
 from vlm.data.index import ShardSet, load_index
 from vlm.data.loader import Loader
-from vlm.data.samples import CaptionEncoder, JointEncoder, QuestionEncoder
 from vlm.data.scan import image_ids, texts
 from vlm.data.text import Tokenizer, clean_caption, train_wordpiece, trim
 from vlm.errors import ConfigError, UserError
-from vlm.model.convert.bert import TextWeights, load_bert_folder, trim_vocabulary
+from vlm.hub import local_folder
+from vlm.model.convert.bert import TextWeights, trim_vocabulary
+from vlm.model.convert.text_folder import is_text_folder, load_text_folder
 from vlm.model.generation import Rules
-from vlm.model.initialise import decoder_from_fusion, load_by_name, load_text_weights
+from vlm.model.image_encoder import ImageEncoder
+from vlm.model.initialise import decoder_from_fusion, language_from_masked, load_by_name, load_text_weights
 from vlm.model.pretrained import load_metadata, model_config, read_weights
 from vlm.model.vision_language import VisionLanguageModel
 from vlm.objectives.self_critical import SelfCritical
+from vlm.start import start_teacher
 from vlm.tasks.captioning import CaptioningTask, caption_reward
 from vlm.tasks.pretraining import Pretraining
 from vlm.tasks.task import Task
@@ -57,7 +61,10 @@ def build_parts(config: Config, sets: Sequence[ShardSet]) -> Parts:
     """Tokenizer and model, from a checkpoint (`init_from`), BERT-shaped weights (`text_weights`) or anew; `sets`: the training shards."""
     torch.manual_seed(config.seed)
     if config.init_from is not None:
-        return _from_checkpoint(config, config.init_from)
+        folder = str(local_folder(config.init_from))
+        if not is_text_folder(folder):
+            return _from_checkpoint(config, folder)
+        config = replace(config, init_from=None, text_weights=folder)
     tokenizer, weights, text = _tokenizer_and_text(config, sets)
     config = replace(
         config,
@@ -66,7 +73,7 @@ def build_parts(config: Config, sets: Sequence[ShardSet]) -> Parts:
     model = VisionLanguageModel(config.model)
     if weights is not None:
         say(load_text_weights(model, weights).summary(f"text from {config.text_weights}"))
-    decoder_from_fusion(model)
+    _say(decoder_from_fusion(model))
     return Parts(_with_image_size(config, model), tokenizer, model)
 
 
@@ -82,6 +89,7 @@ def _from_checkpoint(config: Config, folder: str) -> Parts:
         or ("frozen" if saved.image.weights or saved.image.pretrained else saved.image.batch_norm),
         checkpointing=ours.image.checkpointing,
         drop_path=ours.image.drop_path,
+        patch_drop=ours.image.patch_drop,
     )
     # The checkpoint's decoder stays unless another one is asked for: `shared` is also what a config says that does not speak of it.
     decoder = ours if ours.decoder == "separate" else saved
@@ -101,10 +109,17 @@ def _from_checkpoint(config: Config, folder: str) -> Parts:
     report = load_by_name(model, read_weights(Path(folder)))
     say(report.summary(folder))
     if not any(name.startswith("decoder.") for name in report.loaded):
-        decoder_from_fusion(model)
+        _say(decoder_from_fusion(model))
+    if "language" not in saved.heads and "masked_language" in saved.heads:
+        _say(language_from_masked(model))
     if ours.image.image_size is not None:
         model.image_encoder.resize(ours.image.image_size)
     return Parts(_with_image_size(replace(config, model=merged), model), Tokenizer.load(folder), model)
+
+
+def _say(text: str | None) -> None:
+    if text is not None:
+        say(text)
 
 
 def _with_image_size(config: Config, model: VisionLanguageModel) -> Config:
@@ -121,7 +136,7 @@ def _tokenizer_and_text(config: Config, sets: Sequence[ShardSet]) -> tuple[Token
     text, settings = config.model.text, config.tokenizer
     weights: TextWeights | None = None
     if config.text_weights is not None:
-        fields, weights = load_bert_folder(config.text_weights)
+        fields, weights = load_text_folder(config.text_weights)
         if text.layers > fields["layers"]:
             raise ConfigError(
                 f"model.text.layers={text.layers}, but {config.text_weights} has {fields['layers']}; use at most that many."
@@ -156,59 +171,24 @@ def _prompts(config: Config) -> list[str]:
     return [config.data.prompt, config.data.question_prompt.replace("{question}", " ")]
 
 
-def sample_encoder(config: Config, tokenizer: Tokenizer, image_size: int, training: bool) -> SampleEncoder:
-    """What the loader makes of a record for this task."""
-    data = config.data
-    transform = (
-        TrainingTransform(image_size, scale=data.crop_scale, flip=data.flip, randaugment=data.randaugment)
-        if training
-        else EvaluationTransform(image_size)
-    )
-    question = QuestionEncoder(
-        tokenizer,
-        transform,
-        training,
-        form=config.vqa.form,
-        question_prompt=data.question_prompt,
-        max_question_tokens=data.max_tokens,
-        max_answer_tokens=data.max_answer_tokens,
-        texts_per_image=data.texts_per_image if training else "all",
-        seed=config.seed,
-    )
-    if config.task == "vqa":
-        return question
-    masks = training and config.task == "pretraining" and config.objectives.masked_language > 0
-    if masks and config.objectives.whole_words and not tokenizer.continuing_ids:
-        raise ConfigError(
-            "objectives.whole_words needs a WordPiece tokenizer, whose pieces say that they go on with a word; use False."
-        )
-    caption = CaptionEncoder(
-        tokenizer,
-        transform,
-        training,
-        max_tokens=data.max_tokens,
-        prompt=data.prompt,
-        texts_per_image=data.texts_per_image if training else "all",
-        masking_probability=config.objectives.masking_probability if masks else None,
-        whole_words=config.objectives.whole_words,
-        seed=config.seed,
-    )
-    if training and answers_questions(config):
-        return JointEncoder(caption, question, config.objectives.answer_weight)
-    return caption
+def image_hiding(config: Config, encoder: ImageEncoder) -> PatchHiding | None:
+    """Which patches the run hides in training, if any.
 
-
-def answers_questions(config: Config) -> bool:
-    """Whether the run's model learns to answer."""
-    return config.task == "vqa" or (config.task == "pretraining" and config.data.questions)
+    Raises:
+        ConfigError: the encoder has none that could be hidden, or the settings do not fit them.
+    """
+    objectives = config.objectives
+    if config.task != "pretraining" or objectives.masked_image == 0:
+        return None
+    return patch_hiding(encoder.grid(), encoder.patch, objectives.hidden_unit, objectives.hidden_share)
 
 
 def training_loader(config: Config, parts: Parts, sets: Sequence[ShardSet], ranks: Ranks) -> Loader:
     """Micro-batches of the training split for this rank."""
-    data = config.data
+    data, encoder = config.data, parts.model.image_encoder
     return Loader(
         sets,
-        sample_encoder(config, parts.tokenizer, parts.model.image_encoder.image_size, training=True),
+        sample_encoder(config, parts.tokenizer, encoder.image_size, True, image_hiding(config, encoder)),
         data.batch_size // config.train.accumulate,
         seed=config.seed,
         streams=data.streams,
@@ -240,7 +220,7 @@ def _self_critical(config: Config, parts: Parts, sets: Sequence[ShardSet]) -> Se
     tokenizer, prompt = parts.tokenizer, config.data.prompt
     first = tokenizer.encode(prompt)[:-1] if prompt else [tokenizer.cls_id]
     rules = Rules(end_id=tokenizer.sep_id, max_length=config.generation.max_length)
-    return SelfCritical(first, rules, caption_reward(tokenizer, sets))
+    return SelfCritical(first, rules, caption_reward(tokenizer, sets), temperature=config.objectives.sample_temperature)
 
 
 def _captioning(config: Config, parts: Parts, sets: Sequence[ShardSet]) -> CaptioningTask:
@@ -259,7 +239,7 @@ def _captioning(config: Config, parts: Parts, sets: Sequence[ShardSet]) -> Capti
 
 TASKS: dict[str, Callable[[Config, Parts, Sequence[str], Sequence[ShardSet]], Task]] = {
     "pretraining": lambda config, parts, _, sets: Pretraining(
-        parts.model, config.objectives, _self_critical(config, parts, sets)
+        parts.model, config.objectives, _self_critical(config, parts, sets), config.retrieval
     ),
     "captioning": lambda config, parts, _, sets: _captioning(config, parts, sets),
     "vqa": lambda config, parts, answers, _: build_vqa(parts.model, parts.tokenizer, config, answers),
@@ -280,6 +260,8 @@ def build_task(config: Config, parts: Parts, answers: Sequence[str] = (), sets: 
         )
     task = TASKS[config.task](config, parts, answers, sets)
     task.blank_images = config.data.blank_images
+    if isinstance(task, Pretraining) and task.teacher is not None and config.init_from is not None and sets:
+        _say(start_teacher(task.teacher, local_folder(config.init_from)))
     return task
 
 

@@ -9,11 +9,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
 
+from vlm.cli_convert import Commands, add_convert
 from vlm.errors import UserError
-
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,25 +109,7 @@ def _add_checkpoints(commands: Commands) -> None:
     )
     export.set_defaults(run=_export)
 
-    convert = commands.add_parser("convert", help="other libraries' checkpoints and back").add_subparsers(
-        dest="kind", required=True, metavar="KIND"
-    )
-    blip = convert.add_parser(
-        "blip",
-        help="transformers' BLIP -> a checkpoint folder",
-        description="Make a checkpoint folder of a folder of transformers' BLIP: BlipForConditionalGeneration (captions), "
-        "BlipForQuestionAnswering, BlipForImageTextRetrieval or BlipModel.",
-    )
-    blip.add_argument("--prompt", default="", help="words that every caption continues, e.g. 'a picture of '")
-    to_blip = convert.add_parser(
-        "to-blip",
-        help="a checkpoint folder -> transformers' BLIP",
-        description="Make a folder that transformers reads of a checkpoint folder with BLIP's structure; its task says which class.",
-    )
-    for kind in (blip, to_blip):
-        kind.add_argument("source", type=Path, metavar="SRC", help="the folder to read")
-        kind.add_argument("target", type=Path, metavar="DST", help="the folder to write; must not exist")
-        kind.set_defaults(run=_convert)
+    add_convert(commands)
 
 
 def _add_shards(commands: Commands) -> None:
@@ -142,6 +122,13 @@ def _add_shards(commands: Commands) -> None:
         "--source", help="name of the source that image identities begin with; default: the folder's name"
     )
     index.set_defaults(run=_index)
+    join = shards.add_parser(
+        "join",
+        help="make one folder of several with the same photographs: each once, with all its captions and questions",
+    )
+    join.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="shards of one source")
+    join.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new shards")
+    join.set_defaults(run=_join)
     bootstrap = shards.add_parser(
         "bootstrap", help="add captions drawn by a model, and filtered by it, to images that have few"
     )
@@ -220,18 +207,6 @@ def _export(arguments: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
-def _convert(arguments: argparse.Namespace, _: list[str]) -> int:
-    from vlm.convert import convert_blip, convert_to_blip
-
-    if arguments.kind == "blip":
-        done = convert_blip(arguments.source, arguments.target, arguments.prompt)
-    else:
-        done = convert_to_blip(arguments.source, arguments.target)
-    left_out = f"; left out: {', '.join(done.left_out)}" if done.left_out else ""
-    print(f"{arguments.target}: {done.form.name}{left_out}")  # noqa: T201
-    return 0
-
-
 def _plot(arguments: argparse.Namespace, _: list[str]) -> int:
     from vlm.train.plot import plot_runs
 
@@ -244,6 +219,15 @@ def _index(arguments: argparse.Namespace, _: list[str]) -> int:
 
     found = write_index(arguments.folder, arguments.source)
     print(f"{arguments.folder}: {len(found.shards)} shards, {found.samples:,} records, source {found.source}")  # noqa: T201
+    return 0
+
+
+def _join(arguments: argparse.Namespace, _: list[str]) -> int:
+    from vlm.data.index import load_index
+    from vlm.data.join import join
+
+    done = join([load_index(folder) for folder in arguments.folders], arguments.out)
+    print(f"{arguments.out}: {done.images:,} images of {done.records:,} records, {done.shared:,} of them in several")  # noqa: T201
     return 0
 
 

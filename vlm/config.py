@@ -36,6 +36,8 @@ class ImageConfig:
     """Recompute activations in the backward pass: less memory, more time."""
     drop_path: float = 0.0
     """Stochastic depth rate."""
+    patch_drop: float = 0.0
+    """Share of an image's patches left out at random in training (FLIP: 0.5), for speed; evaluation, a teacher and masked_image see all. ViT only."""
     norm_eps: float | None = None
     """Epsilon of the layer norms; null takes timm's (BLIP as transformers has it: 1e-5, timm's ViT: 1e-6)."""
 
@@ -96,7 +98,8 @@ class ModelConfig:
     fusion: Literal["late", "full"] = "full"
     """late: fusion continues from the text states below the first cross-attention layer (ALBEF); full: it starts from the tokens (BLIP)."""
     decoder: Literal["shared", "separate"] = "shared"
-    """shared: causal decoding runs through the same layers; separate: a second stack, started from the fusion layers (ALBEF's VQA decoder)."""
+    """shared: causal decoding runs through the same layers; separate: a second stack, started from the fusion layers, those of init_from where
+    its checkpoint has no such decoder (ALBEF's VQA decoder)."""
     decoder_layers: int = 6
     """Layers of a separate decoder, all with cross-attention."""
     decoder_reads: Literal["image", "question"] = "image"
@@ -191,6 +194,16 @@ class VqaConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RetrievalConfig:
+    """How pretraining's retrieval is evaluated."""
+
+    rerank: int = 0
+    """So many of the nearest texts of each image, and images of each text, are scored again by cross-attention; 0: embeddings alone."""
+    by: Literal["matching", "captioning"] = "matching"
+    """What scores them: the matching head, or the likelihood of the text as a caption of the image."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW and its schedule."""
 
@@ -267,12 +280,13 @@ class Config:
     seed: int = 0
     """Seed of initialisation, order and augmentation."""
     init_from: str | None = None
-    """A checkpoint folder to start from: weights by name, tokenizer, model settings."""
+    """A checkpoint folder, or a model's name on the hub, to start from: weights by name, tokenizer, model settings, and what is loaded, new and
+    left over is said. What `vlm convert bert` makes is taken as text_weights."""
     text_weights: str | None = None
     """A folder with BERT-shaped weights and their tokenizer to start the text Transformer from."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model; with init_from its shape is the checkpoint's, and only image_size, frozen, trainable_blocks, batch_norm, checkpointing,
-    drop_path, dropout and attention_dropout are taken from here, and a separate decoder where one is asked for."""
+    drop_path, patch_drop, dropout and attention_dropout are taken from here, and a separate decoder where one is asked for."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """Tokens."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -281,6 +295,8 @@ class Config:
     """Pretraining objectives."""
     vqa: VqaConfig = field(default_factory=VqaConfig)
     """Visual question answering."""
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    """Evaluation of retrieval."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer."""
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -14,11 +14,17 @@ class ObjectivesConfig:
     """Image-text matching with hard negatives."""
     masked_language: float = 1.0
     """Masked language modelling given the image."""
+    masked_image: float = 0.0
+    """Masked image modelling: the pixels of hidden patches (SimMIM). For a ViT; a convolutional network has no patches that could be hidden."""
+    word_patch: float = 0.0
+    """Word-patch alignment by optimal transport (ViLT: 0.1)."""
     captioning: float = 0.0
     """Causal captioning."""
     self_critical: float = 0.0
     """Captions drawn from the model, rewarded by CIDEr-D against their image's references; for the end of training. In the task captioning
     it takes the place of the cross-entropy, to which `captioning` then gives a weight."""
+    sample_temperature: float = 1.0
+    """For self_critical: temperature of the captions that are drawn; below 1 they are nearer to what beam search finds."""
     contrastive_loss: Literal["softmax", "sigmoid"] = "softmax"
     """softmax: each image picks its text among all, and the reverse (CLIP, ALBEF, BLIP); sigmoid: every pair on its own (SigLIP, which starts
     from model.temperature 0.1); it takes no teacher."""
@@ -39,6 +45,12 @@ class ObjectivesConfig:
     """Share of the tokens hidden for masked_language."""
     whole_words: bool = False
     """For masked_language: hide all pieces of a word or none."""
+    masked_image_text: bool = True
+    """For masked_image: two layers with cross-attention read the image's text (MaskVLM); False: from the image alone (SimMIM)."""
+    hidden_share: float = 0.6
+    """Share of the image hidden for masked_image."""
+    hidden_unit: int = 32
+    """Side in pixels of the squares hidden for masked_image: one or several patches."""
     label_smoothing: float = 0.1
     """Label smoothing of captioning and answers (PyTorch's definition)."""
     answer_weight: float = 1.0

@@ -5,6 +5,7 @@ changed, so there and back is bit-identical.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vlm.checkpoint import ANSWERS, checkpoint_metadata
-from vlm.config import Config, DataConfig, GenerationConfig, ModelConfig, VqaConfig
+from vlm.config import Config, DataConfig, GenerationConfig, Head, ModelConfig, VqaConfig
 from vlm.data.text import Tokenizer
 from vlm.errors import CheckpointError, UserError
 from vlm.model.convert.blip import (
@@ -37,9 +38,9 @@ from vlm.model.vision_language import VisionLanguageModel
 
 @dataclass(frozen=True)
 class Converted:
-    """form: transformers' class. left_out: what had no place on the other side, in words."""
+    """name: what the other side's model is called. left_out: what had no place on the other side, in words."""
 
-    form: Form
+    name: str
     left_out: tuple[str, ...]
 
 
@@ -56,7 +57,7 @@ def convert_blip(source: Path, target: Path, prompt: str = "") -> Converted:
     Raises:
         CheckpointError: `source` is incomplete, or is not what it says. UserError: `target` exists or cannot be written.
     """
-    _refuse_existing(target)
+    refuse_existing(target)
     foreign, name = _read_json(source / CONFIG), str(source / CONFIG)
     form = form_of(foreign, name)
     try:
@@ -89,8 +90,9 @@ def convert_blip(source: Path, target: Path, prompt: str = "") -> Converted:
         generation=generation,
     )
     with replacing_folder(target) as new:
-        write_folder(state, new, checkpoint_metadata(settings), tokenizer.to_json(), _card(form, source, target))
-    return Converted(form, tuple(left_out))
+        card = converted_card(settings.task, config.heads, f"transformers' {form.name} in `{source}`", target)
+        write_folder(state, new, checkpoint_metadata(settings), tokenizer.to_json(), card)
+    return Converted(form.name, tuple(left_out))
 
 
 def convert_to_blip(source: Path, target: Path) -> Converted:
@@ -102,7 +104,7 @@ def convert_to_blip(source: Path, target: Path) -> Converted:
     Raises:
         CheckpointError: `source` is incomplete, or its model has another structure than BLIP's. UserError: `target` exists or cannot be written.
     """
-    _refuse_existing(target)
+    refuse_existing(target)
     metadata = load_metadata(source)
     config, state = model_config(metadata, str(source / CONFIG)), read_weights(source)
     load_state(VisionLanguageModel(config, load=False), state, str(source))
@@ -125,7 +127,7 @@ def convert_to_blip(source: Path, target: Path) -> Converted:
         write_folder(weights, new, foreign, tokenizer.to_json(), _foreign_card(form, source))
         for name, content in files.items():
             (new / name).write_text(json.dumps(content, indent=2) + "\n")
-    return Converted(form, _left_out(config, form, state, metadata, source))
+    return Converted(form.name, _left_out(config, form, state, metadata, source))
 
 
 def _form_for(metadata: dict[str, Any], config: ModelConfig) -> Form:
@@ -181,7 +183,8 @@ def _tokenizer_config(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, An
     }
 
 
-def _refuse_existing(target: Path) -> None:
+def refuse_existing(target: Path) -> None:
+    """Raises UserError where `target` is there already."""
     if target.exists():
         raise UserError(f"{target} exists; give another folder, or remove it.")
 
@@ -200,23 +203,20 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-USES = {
-    CAPTIONING.name: ("image-to-text", 'print(predictor.caption(["img.jpg"])[0].text)'),
-    QUESTION_ANSWERING.name: (
-        "visual-question-answering",
-        'print(predictor.answer("img.jpg", "how many dogs are there").text)',
-    ),
-    RETRIEVAL.name: ("zero-shot-image-classification", 'print(predictor.match("img.jpg", ["a dog", "a cat"]))'),
-    BLIP_MODEL.name: ("zero-shot-image-classification", 'print(predictor.embed_images(["img.jpg"]))'),
-}
-
-
-def _card(form: Form, source: Path, target: Path) -> str:
-    pipeline, use = USES[form.name]
+def converted_card(task: str, heads: Sequence[Head], source: str, target: Path) -> str:
+    """README.md of a converted checkpoint. source: what it was, and where."""
+    pipeline, use = "zero-shot-image-classification", 'print(predictor.embed_images(["img.jpg"]))'
+    if task == "captioning":
+        pipeline, use = "image-to-text", 'print(predictor.caption(["img.jpg"])[0].text)'
+    elif task == "vqa":
+        question = '"how many dogs are there"'
+        pipeline, use = "visual-question-answering", f'print(predictor.answer("img.jpg", {question}).text)'
+    elif "matching" in heads:
+        use = 'print(predictor.match("img.jpg", ["a dog", "a cat"]))'
     return "\n".join(
         (
             *("---", "library_name: vlm", f"pipeline_tag: {pipeline}", "---", f"# {target.name}", ""),
-            f"Converted from transformers' {form.name} in `{source}`; its licence and data are those of its source.",
+            f"Converted from {source}; its licence and data are those of its source.",
             *("", "```python", "from vlm.predictor import Predictor", f'predictor = Predictor.load("{target}")', use),
             *("```", ""),
         )

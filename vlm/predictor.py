@@ -21,6 +21,7 @@ from vlm.config import GenerationConfig
 from vlm.data.images import EvaluationTransform, decode_image
 from vlm.data.text import Tokenizer, clean_caption, clean_question, tidy
 from vlm.errors import CheckpointError, ConfigError
+from vlm.hub import local_folder
 from vlm.model.generation import Generated, sample
 from vlm.model.pretrained import CONFIG, TOKENIZER, load_pretrained
 from vlm.model.vision_language import TextFeatures, VisionLanguageModel
@@ -71,15 +72,19 @@ class Predictor:
             ) from None
 
     @classmethod
-    def load(cls, folder: str | Path, device: str | torch.device | None = None) -> "Predictor":
-        """From a checkpoint folder. device: by default a GPU where there is one.
+    def load(
+        cls, source: str | Path, device: str | torch.device | None = None, revision: str | None = None
+    ) -> "Predictor":
+        """From a checkpoint folder, a folder of transformers' BLIP, or a model on the hub (owner/name; see `vlm.hub.local_folder`).
+
+        device: by default a GPU where there is one. revision: the hub's branch, tag or commit.
 
         Raises:
-            CheckpointError: the folder is incomplete or damaged. ConfigError: there is no such device.
+            CheckpointError: the folder is incomplete or damaged, or the hub does not give it. ConfigError: there is no such device.
         """
         from vlm.checkpoint import read_answers
 
-        place, folder = _device(device), Path(folder)
+        place, folder = _device(device), local_folder(source, revision)
         model, metadata = load_pretrained(folder)
         if not (folder / TOKENIZER).exists():
             raise CheckpointError(f"{folder}: {TOKENIZER} is missing; copy the checkpoint again.")

@@ -17,6 +17,7 @@ ABOVE_0 = (
         "model.text.feed_forward_dim",
         "model.text.max_positions",
     ),
+    *("objectives.hidden_unit", "objectives.hidden_share", "objectives.sample_temperature"),
     *("optimizer.lr", "optimizer.step_factor"),
     *("train.epochs", "train.accumulate", "train.log_every", "train.evaluate_images", "train.save_every"),
     *("generation.beams", "generation.max_length", "generation.repetition_penalty"),
@@ -28,14 +29,18 @@ FROM_0 = (
         "objectives.contrastive",
         "objectives.matching",
         "objectives.masked_language",
+        "objectives.masked_image",
+        "objectives.word_patch",
         "objectives.captioning",
         "objectives.answer_weight",
         "objectives.self_critical",
     ),
-    *("objectives.queue", "objectives.alpha_ramp"),
+    *("objectives.queue", "objectives.alpha_ramp", "retrieval.rerank"),
 )
 SHARES = (
     *("model.text.dropout", "model.text.attention_dropout", "model.image.drop_path", "objectives.label_smoothing"),
+    "model.image.patch_drop",
+    "objectives.hidden_share",
     *("train.averaging", "optimizer.betas.0", "optimizer.betas.1", "objectives.momentum"),
 )
 
@@ -75,6 +80,11 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"data.questions needs objectives.captioning above 0 (it is {config.objectives.captioning:g}), which learns the answers, "
             f"and vqa.form=prompted (it is {config.vqa.form})."
+        )
+    if config.objectives.masked_image and data.blank_images:
+        raise ConfigError(
+            f"objectives.masked_image={config.objectives.masked_image:g} with data.blank_images=True: there is nothing to learn in grey; "
+            "turn one of them off."
         )
     _check_teacher(config)
     if (config.task == "vqa" or data.questions) and "{question}" not in data.question_prompt:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vlm.data.collate import collate
+from vlm.data.collate import collate, silenced
+from vlm.data.hiding import PatchHiding
 from vlm.data.images import EvaluationTransform, TrainingTransform
 from vlm.data.records import BadRecord, Record
 from vlm.data.samples import CaptionEncoder, JointEncoder, QuestionEncoder, answer_weights
@@ -119,6 +120,29 @@ def test_masking_is_drawn_for_each_text() -> None:
     batch = collate([encode(record(), 0)], encode.pad_id)
     assert batch.masked is not None
     assert torch.equal(batch.texts.ids.flatten()[batch.masked.positions], batch.masked.labels)
+
+
+def test_hidden_patches_are_drawn_by_key() -> None:
+    encode = captioner(hiding=PatchHiding((8, 8), 2, 0.6), seed=3)
+
+    def hidden(encoder: CaptionEncoder | JointEncoder, key: str = "k1", epoch: int = 0) -> list[int]:
+        found = encoder(record(key=key), epoch).hidden
+        assert found is not None
+        return found.tolist()
+
+    first = hidden(encode)
+    assert len(first) == 40
+    assert hidden(pickle.loads(pickle.dumps(encode))) == hidden(JointEncoder(encode, questioner())) == first
+    others = [hidden(encode, epoch=1), hidden(encode, key="k2"), hidden(replace(encode, seed=4))]
+    assert first not in others
+    plain = captioner(seed=3)(record(), 0)
+    assert plain.hidden is None
+    assert torch.equal(plain.image, encode(record(), 0).image)  # the picture's choices stay
+    samples = [encode(record(), 0), silenced(encode(record(key="k2"), 0))]
+    batch = collate(samples, encode.pad_id)
+    assert batch.hidden is not None
+    assert batch.hidden.tolist() == [first, others[1]]
+    assert collate([plain], encode.pad_id).hidden is None
 
 
 def mirrored(encode: CaptionEncoder | QuestionEncoder, sample: Record) -> set[bool]:

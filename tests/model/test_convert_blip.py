@@ -653,7 +653,7 @@ def test_training_goes_on_from_a_converted_captioner(make: Make) -> None:
     out = source.with_name("tuned")
     write_checkpoint(out, pretraining.config, pretraining.model, pretraining.tokenizer.to_json(), {})
     back = convert_to_blip(out, source.with_name("back"))
-    assert back.form.name == "BlipForImageTextRetrieval"
+    assert back.name == "BlipForImageTextRetrieval"
     assert back.left_out == ("the masked_language head", "the language head", "the temperature 0.07")
 
 

@@ -290,7 +290,7 @@ def test_unreachable_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -> None
     def refuse(*args: object, **options: object) -> None:
         raise OSError("no network")
 
-    monkeypatch.setattr("vlm.model.image_encoder.timm.create_model", refuse)
+    monkeypatch.setattr("vlm.model.backbone.timm.create_model", refuse)
     with pytest.raises(UserError, match=r"could not be fetched \(OSError: no network\).*image\.weights"):
         build("test_resnet", pretrained=True)
 

@@ -40,6 +40,7 @@ CASES = {
     "uneven_sigmoid": replace(QUIET, captioning=0.0, masked_language=0.0, contrastive_loss="sigmoid"),
     "uneven_negatives": ObjectivesConfig(negatives="joined"),
     "late_negatives": ObjectivesConfig(contrastive=0.0, negatives="joined"),
+    "masked_image": replace(QUIET, contrastive=0.0, captioning=0.0, masked_image=0.5),
     "teacher": replace(QUIET, captioning=0.0, momentum=0.9, queue=8, alpha_ramp=1.0),
 }
 
@@ -64,7 +65,7 @@ def task(name: str) -> Pretraining:
 
 def part(rank: int, step: int) -> Batch:
     """Unequal in everything that divides: length, words, masked words, a bad slot; and an image that two ranks, and two steps, hold."""
-    batch = Batch.fake(IMAGES, vocab_size=32, length=8 + 8 * (rank % 2), masked=True, seed=100 * step + rank)
+    batch = Batch.fake(IMAGES, vocab_size=32, length=8 + 8 * (rank % 2), masked=True, patches=4, seed=100 * step + rank)
     if rank == 0:
         batch = replace(batch, texts=replace(batch.texts, weight=torch.tensor([1.0, 1.0, 0.0])))
     return replace(batch, image_ids=torch.tensor([2, 10 * rank + 2 + step, 10 * rank + 5]))
@@ -107,6 +108,7 @@ def joined(parts: list[Batch]) -> Batch:
         keys=[key for p in parts for key in p.keys],
         texts=replace(parts[0].texts, **texts),
         masked=replace(parts[0].masked, **masked),
+        hidden=torch.cat([p.hidden for p in parts if p.hidden is not None]),
     )
 
 

@@ -29,7 +29,8 @@ def captioned(images: int, **changes: Any) -> Batch:
     return replace(batch, sources=sources, texts=replace(batch.texts, **changes))
 
 
-def test_it_is_the_gradient_of_the_expected_reward(tiny_model: MakeModel) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_it_is_the_gradient_of_the_expected_reward(tiny_model: MakeModel, temperature: float) -> None:
     """With captions of one token the expectation is a sum over the vocabulary."""
     torch.manual_seed(0)
     model, batch = tiny_model().double().eval(), captioned(1)
@@ -40,14 +41,16 @@ def test_it_is_the_gradient_of_the_expected_reward(tiny_model: MakeModel) -> Non
         seen.extend(references)
         return [float(values[ids[0] if ids else END]) for ids in drawn]
 
-    objective = SelfCritical([2], Rules(end_id=END, max_length=1), reward, samples=4000)
+    objective = SelfCritical([2], Rules(end_id=END, max_length=1), reward, 4000, temperature)
     bias = model.language_head.bias
     loss = objective.loss(model, [], features(model, batch), batch)
     (got,) = torch.autograd.grad(loss.sum / loss.count, bias)
     memory = features(model, batch).memory["decoder"]
-    probability = model.decode(torch.tensor([[2]]), memory)[0, 0].softmax(0)
+    probability = (model.decode(torch.tensor([[2]]), memory)[0, 0] / temperature).softmax(0)
     (expected,) = torch.autograd.grad(-(probability * values).sum(), bias)
-    deviation = (probability * (1 - probability) / 4000).sqrt()  # of one entry of the mean, for advantages of at most 1
+    deviation = (
+        probability * (1 - probability) / 4000
+    ).sqrt() / temperature  # of one entry of the mean, for advantages of at most 1
     assert ((got - expected).abs() < 5 * deviation).all()
     assert torch.nn.functional.cosine_similarity(got, expected, dim=0) > 0.8
     assert seen == [["text 0"]] * 4000

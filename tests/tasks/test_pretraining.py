@@ -140,9 +140,11 @@ def test_embeddings_of_several_texts_an_image(tiny_model: Callable[..., VisionLa
     assert task.intervals(perfect) == {"TR_R@1": (100, 100), "IR_R@1": (100, 100)}
 
 
-def test_objectives_and_their_weights() -> None:
-    objectives, weights = build_objectives(ObjectivesConfig(matching=0.0, masked_language=0.5, captioning=2.0))
+def test_objectives_and_their_weights(tiny_model: Callable[..., VisionLanguageModel]) -> None:
+    objectives, weights = build_objectives(
+        tiny_model(), ObjectivesConfig(matching=0.0, masked_language=0.5, captioning=2.0)
+    )
     assert list(objectives) == ["contrastive", "masked_language", "captioning"]
     assert weights == {"contrastive": 1.0, "masked_language": 0.5, "captioning": 2.0}
     with pytest.raises(ConfigError, match="all weights are 0"):
-        build_objectives(ObjectivesConfig(contrastive=0.0, matching=0.0, masked_language=0.0))
+        build_objectives(tiny_model(), ObjectivesConfig(contrastive=0.0, matching=0.0, masked_language=0.0))

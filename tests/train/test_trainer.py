@@ -244,6 +244,27 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+def test_hidden_and_dropped_patches_resume_bit_for_bit(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = {"name": "test_vit", "image_size": 64, "stages": 0, "patch_drop": 0.5}
+    masked = {"objectives.masked_image": 1.0, "objectives.word_patch": 0.1, "data.splits.val": []}
+    settings = {**ALL_OBJECTIVES, **masked, "model.image": image, "train.deterministic": True}
+    whole, parted = (make_config({**settings, "out": str(tmp_path / name)}) for name in ("whole", "parted"))
+    train(whole)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4, terminate)
+        with pytest.raises(StoppedOnRequest):
+            train(parted)
+    torch.manual_seed(1234)
+    train(parted, resume=True)
+    states = [torch.load(f"{c.out}/latest/training/state.pt", weights_only=True) for c in (whole, parted)]
+    assert "learned.masked_image.mask_token" in states[0]["task"]
+    assert {"masked_image.mask_token", "word_patch.projection.weight"} <= set(states[0]["optimizer"])
+    assert flatten(states[0]) == flatten(states[1])
+    assert timeless(train_lines(whole.out)) == timeless(train_lines(parted.out))
+
+
 def state_and_log(out: str) -> tuple[Any, list[dict[str, Any]]]:
     state = torch.load(f"{out}/latest/training/state.pt", weights_only=True)
     assert {"image_encoder.positions", "temperature"} <= set(state["optimizer"])

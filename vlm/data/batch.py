@@ -1,6 +1,7 @@
 """The written contract between data and model.
 
-Letters: B images, T texts, L tokens of the longest text (rounded up to a multiple of 8), A answers, La tokens of the longest answer, M masked tokens.
+Letters: B images, T texts, L tokens of the longest text (rounded up to a multiple of 8), A answers, La tokens of the longest answer, M masked tokens,
+K hidden patches of an image.
 
 Every text is `[CLS] w1 .. wn [SEP]` followed by padding. Several texts may belong to one image and several answers to one question; the index
 tensors say which.
@@ -78,7 +79,8 @@ class Batch(_Tensors):
 
     images: (B, 3, H, W), uint8 (0..255) or already normalised float. keys: B record names. image_ids: (B,) int64, equal for equal images.
     sources: for each text the record that it came from (caption, or question with its id and answers): what evaluation and logs need.
-    filled: how many slots hold the preceding good sample because their own was bad, by cause.
+    filled: how many slots hold the preceding good sample because their own was bad, by cause. hidden: (B, K) int64, the patches of each image that
+    are hidden for masked image modelling, by number (row by row), ascending.
     """
 
     images: Tensor
@@ -89,6 +91,7 @@ class Batch(_Tensors):
     masked: Masked | None = None
     sources: list[dict[str, Any]] = field(default_factory=list)
     filled: dict[str, int] = field(default_factory=dict)
+    hidden: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -138,9 +141,13 @@ class Batch(_Tensors):
         texts_per_image: int = 1,
         answers: bool = False,
         masked: bool = False,
+        patches: int = 0,
         seed: int = 0,
     ) -> "Batch":
-        """A valid batch of random content: ids 0..4 are special (PAD, UNK, CLS, SEP, MASK), words are 5 and above."""
+        """A valid batch of random content: ids 0..4 are special (PAD, UNK, CLS, SEP, MASK), words are 5 and above.
+
+        patches: of an image; half of them are hidden.
+        """
         g = torch.Generator().manual_seed(seed)
         count = images * texts_per_image
         ids, mask = _fake_tokens(count, length, vocab_size, g)
@@ -163,13 +170,16 @@ class Batch(_Tensors):
             labels = hidden[positions]
             hidden[positions] = 4
             masked_part = Masked(hidden.view_as(ids), positions, labels)
+        pixels = torch.randint(0, 256, (images, 3, image_size, image_size), generator=g, dtype=torch.uint8)
+        drawn = [torch.randperm(patches, generator=g)[: patches // 2].sort().values for _ in range(images)]
         return cls(
-            torch.randint(0, 256, (images, 3, image_size, image_size), generator=g, dtype=torch.uint8),
+            pixels,
             [f"fake{i}" for i in range(images)],
             torch.arange(1, images + 1),
             texts,
             answer_part,
             masked_part,
+            hidden=torch.stack(drawn) if patches else None,
         )
 
 

@@ -1,6 +1,6 @@
 """Encoded samples, what a loader's encoder makes of records, and how they are joined into a Batch.
 
-Letters: B images, T texts, L tokens of the longest text (rounded up to a multiple of 8), A answers.
+Letters: B images, T texts, L tokens of the longest text (rounded up to a multiple of 8), A answers, K hidden patches.
 """
 
 from collections.abc import Sequence
@@ -35,12 +35,13 @@ class EncodedText:
 
 @dataclass
 class EncodedSample:
-    """One image with its texts. image: (3, H, W) uint8. image_id: equal for equal images."""
+    """One image with its texts. image: (3, H, W) uint8. image_id: equal for equal images. hidden: (K,) patches to hide, or None."""
 
     key: str
     image_id: int
     image: Tensor
     texts: list[EncodedText]
+    hidden: Tensor | None = None
 
 
 class SampleEncoder(Protocol):
@@ -68,13 +69,15 @@ def silenced(sample: EncodedSample) -> EncodedSample:
 def collate(
     samples: Sequence[EncodedSample], pad_id: int, filled: dict[str, int] | None = None, pin: bool = False
 ) -> Batch:
-    """Joins samples, in their order, into a Batch; `pin` puts it into page-locked memory. Answers and masked are None where no text has any."""
+    """Joins samples, in their order, into a Batch; `pin` puts it into page-locked memory. Answers, masked and hidden are
+    None where no sample has any."""
     if not samples:
         raise ValueError("collate got no samples; expected at least one.")
     texts = [text for sample in samples for text in sample.texts]
     rows = [row for row, sample in enumerate(samples) for _ in sample.texts]
     ids, mask = pad([t.ids for t in texts], pad_id)
     images = [sample.image for sample in samples]
+    hidden = [sample.hidden for sample in samples if sample.hidden is not None]
     joined = torch.empty((len(images), *images[0].shape), dtype=images[0].dtype, pin_memory=pin)
     batch = Batch(
         images=torch.stack(images, out=joined),
@@ -92,6 +95,7 @@ def collate(
         masked=_masked(texts, pad_id, ids.shape[1]),
         sources=[t.source for t in texts],
         filled=dict(filled or {}),
+        hidden=torch.stack(hidden) if hidden else None,
     )
     return batch.pin() if pin else batch
 

@@ -60,6 +60,11 @@ def image_hash(source: str, image_id: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little", signed=True)
 
 
+def extension_of(image: bytes) -> str:
+    """The extension of a record's image by its first bytes: png, webp, else jpg."""
+    return {b"\x89PNG": "png", b"RIFF": "webp"}.get(image[:4], "jpg")
+
+
 def parse_record(source: str, key: str, members: dict[str, bytes]) -> Record:
     """A record from its files, `members`: extension -> bytes. Raises BadRecord with the cause."""
     name = f"{source}/{key}"

@@ -1,4 +1,5 @@
-"""From records to encoded samples: which texts are taken, how they become tokens, what is masked, how the image is transformed.
+"""From records to encoded samples: which texts are taken, how they become tokens, what is masked and hidden, how the image
+is transformed.
 
 Every choice is drawn by key (seed, epoch, source, key, purpose), so a sample is the same wherever and whenever it is encoded.
 """
@@ -10,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from vlm.data.collate import EncodedSample, EncodedText
+from vlm.data.hiding import PatchHiding
 from vlm.data.images import EvaluationTransform, TrainingTransform, decode_image, mentions_side
 from vlm.data.random import keyed_generator, keyed_random, keyed_seed
 from vlm.data.records import BadRecord, Record
@@ -35,6 +37,8 @@ class CaptionEncoder:
     """Share of the tokens to hide for masked language modelling; None: no masking."""
     whole_words: bool = False
     """Hide all pieces of a word or none."""
+    hiding: PatchHiding | None = None
+    """Which patches of the image to hide for masked image modelling; None: none."""
     seed: int = 0
 
     @property
@@ -44,7 +48,15 @@ class CaptionEncoder:
 
     def __call__(self, record: Record, epoch: int) -> EncodedSample:
         """Raises BadRecord without a caption, BadImage without an image."""
-        return _sample(self, record, epoch, self.texts(record, epoch))
+        return self.sample(record, epoch, self.texts(record, epoch))
+
+    def sample(self, record: Record, epoch: int, texts: list[EncodedText]) -> EncodedSample:
+        """The record's image with these texts. Raises BadImage without an image."""
+        sample = _sample(self, record, epoch, texts)
+        if self.hiding is None:
+            return sample
+        generator = keyed_generator(self.seed, epoch, record.source, record.key, "patches")
+        return replace(sample, hidden=self.hiding.draw(generator))
 
     def texts(self, record: Record, epoch: int) -> list[EncodedText]:
         """The texts of the sample."""
@@ -172,7 +184,7 @@ class JointEncoder:
                 failure = error
         if not texts and failure is not None:
             raise failure
-        return _sample(self.caption, record, epoch, texts)
+        return self.caption.sample(record, epoch, texts)
 
 
 def answer_weights(answers: list[str]) -> dict[str, float]:

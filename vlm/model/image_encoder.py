@@ -3,10 +3,8 @@
 Letters: B images, H and W pixels, P image tokens, D their width, h x w the grid of patches or of the last feature map.
 """
 
-import difflib
 from typing import Any, Self
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_model_data_config
@@ -17,9 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from vlm.config import ImageConfig
-from vlm.errors import ConfigError, UserError
+from vlm.errors import ConfigError
+from vlm.model.backbone import create_backbone, keep_stages, set_norm_eps
 from vlm.model.folding import fold_frozen, weights_key
 from vlm.model.image_weights import load_weights
+from vlm.model.patches import hiding, patch_side
 
 
 class ImageEncoder(nn.Module):
@@ -44,13 +44,13 @@ class ImageEncoder(nn.Module):
         """
         super().__init__()
         self.config = config
-        self.backbone = _create(config, download=load and config.pretrained and config.weights is None)
+        self.backbone = create_backbone(config, download=load and config.pretrained and config.weights is None)
         if load and config.weights is not None:
             load_weights(self.backbone, config.weights, config.name)
         if config.stages is not None:
-            _keep_stages(self.backbone, config)
+            keep_stages(self.backbone, config)
         if config.norm_eps is not None:
-            _set_norm_eps(self.backbone, config.norm_eps)
+            set_norm_eps(self.backbone, config.norm_eps)
         # Not at creation: a model whose head normalises the pooled features needs those weights, and applies them to each token from here on.
         self.backbone.reset_classifier(0, "")
 
@@ -174,6 +174,24 @@ class ImageEncoder(nn.Module):
         x = x + _interpolate(self.positions, grid).to(x.dtype)
         return x.flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, P, D)
 
+    def masked(self, images: Tensor, at: Tensor, token: Tensor) -> Tensor:
+        """As `forward`, but with the patches `at` (B, K) of each image hidden behind `token` (D,) before positions are added, and none dropped.
+
+        Raises ConfigError for a backbone whose tokens are not patches, see `patch`.
+        """
+        assert self.patch
+        with hiding(self.backbone, at, token):
+            tokens: Tensor = self(images)
+        return tokens
+
+    @property
+    def patch(self) -> int:
+        """Side in pixels of the patches, which the tokens after the first `prefix` stand for, one each.
+
+        Raises ConfigError where they do not: a convolutional network, a Transformer in stages, one with a convolutional stem.
+        """
+        return patch_side(self.backbone, self.config.name)
+
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) to the backbone's range and dtype; float images pass as they are, in that dtype."""
         dtype = next(self.backbone.parameters()).dtype
@@ -270,44 +288,6 @@ class _TrainGroupedInFloat32(TorchFunctionMode):
             return func(*args, **kwargs)
         with torch.autocast("cpu", enabled=False):
             return func(x.float(), weight, *rest, **kwargs).to(x.dtype)
-
-
-def _create(config: ImageConfig, download: bool) -> Any:
-    """The timm model without its classifier; ConfigError names the nearest known model."""
-    options: dict[str, Any] = {"drop_path_rate": config.drop_path} if config.drop_path else {}
-    if not config.name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(config.name):
-        near = difflib.get_close_matches(config.name, timm.list_models(), n=3)
-        hint = f"the nearest are {', '.join(near)}" if near else "timm.list_models() lists all"
-        raise ConfigError(f"image.name: timm {timm.__version__} has no model {config.name!r}; {hint}.")
-    try:
-        return timm.create_model(config.name, pretrained=download, num_classes=0, **options)
-    except TypeError as error:
-        raise ConfigError(
-            f"image.drop_path={config.drop_path}: {config.name} does not take it ({error}); use 0."
-        ) from error
-    except Exception as error:
-        if not download:
-            raise ConfigError(f"image.name={config.name!r}: timm cannot build it: {error}") from error
-        raise UserError(
-            f"The pretrained weights of {config.name} could not be fetched ({type(error).__name__}: {str(error).splitlines()[0]}); "
-            "give image.weights a local file, or set image.pretrained to false."
-        ) from error
-
-
-def _keep_stages(backbone: Any, config: ImageConfig) -> None:
-    """Cuts what follows the feature map of index `stages`."""
-    try:
-        backbone.prune_intermediate_layers([config.stages], prune_norm=True, prune_head=True)
-    except (AssertionError, AttributeError, ValueError, IndexError) as error:
-        raise ConfigError(
-            f"image.stages={config.stages} does not suit {config.name}: {error}; use a smaller index, or null."
-        ) from error
-
-
-def _set_norm_eps(backbone: nn.Module, eps: float) -> None:
-    for module in backbone.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = eps
 
 
 def _interpolate(positions: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -42,27 +42,51 @@ def load_text_weights(model: VisionLanguageModel, weights: TextWeights) -> Loade
     name = "embeddings.position.weight"
     if name in state and len(state[name]) > len(positions):
         state[name] = state[name][: len(positions)]
-    loaded = load_by_name(model.text, state)
-    if weights.head:
-        for head in (model.masked_language_head, model.language_head):
-            if head is not None:
-                load_by_name(head, weights.head)
-    return loaded
+    report = load_by_name(model.text, state)
+    for head in (model.masked_language_head, model.language_head):
+        if head is not None and weights.head:
+            load_by_name(head, weights.head)
+    return report
 
 
 @torch.no_grad()
-def decoder_from_fusion(model: VisionLanguageModel) -> None:
-    """Starts a separate decoder from the last layers of the text Transformer (ALBEF's VQA decoder), and its memory where the widths agree."""
+def decoder_from_fusion(model: VisionLanguageModel) -> str | None:
+    """Starts a separate decoder from the last layers of the text Transformer (ALBEF's VQA decoder), and its memory where the widths agree.
+
+    Layers map to layers, their cross-attention included. Where those have causal self-attention of their own (BLIP), the decoder takes that.
+    Returns what was done, in words, or None without such a decoder.
+    """
     if model.decoder is None or model.decoder_memory is None:
-        return
+        return None
     text, decoder = model.text, model.decoder
     decoder.embeddings.load_state_dict(text.embeddings.state_dict())
     skip = len(text.layers) - len(decoder.layers)
+    first = max(skip, 0)
     for index, layer in enumerate(decoder.layers):
         if index + skip >= 0:
-            load_by_name(layer, text.layers[index + skip].state_dict())
+            load_by_name(layer, _causal(text.layers[index + skip].state_dict()))
     skip = len(model.fusion_memory.keys) - len(model.decoder_memory.keys)
-    for index in range(len(model.decoder_memory.keys)):
-        if index + skip >= 0:
-            load_by_name(model.decoder_memory.keys[index], model.fusion_memory.keys[index + skip].state_dict())
-            load_by_name(model.decoder_memory.values[index], model.fusion_memory.values[index + skip].state_dict())
+    taken = 0
+    for index in range(max(-skip, 0), len(model.decoder_memory.keys)):
+        for own, fusion in (
+            (model.decoder_memory.keys, model.fusion_memory.keys),
+            (model.decoder_memory.values, model.fusion_memory.values),
+        ):
+            taken += len(load_by_name(own[index], fusion[index + skip].state_dict()).loaded)
+    memory = "" if taken else ", its memory new, of another width"
+    return f"decoder: started from the text's layers {first} to {len(text.layers) - 1}{memory}"
+
+
+def _causal(layer: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's state with the self-attention that it decodes with under the name that a separate decoder has for it."""
+    return layer | {
+        name.removeprefix("causal_"): tensor for name, tensor in layer.items() if name.startswith("causal_")
+    }
+
+
+def language_from_masked(model: VisionLanguageModel) -> str | None:
+    """Starts the language head from that of masked language modelling, as ALBEF's decoders start; what was done, in words, or None."""
+    if model.language_head is None or model.masked_language_head is None:
+        return None
+    model.language_head.load_state_dict(model.masked_language_head.state_dict())
+    return "language_head: started from the masked_language head"

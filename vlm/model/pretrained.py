@@ -29,6 +29,8 @@ CONFIG, WEIGHTS, INDEX, TOKENIZER, CARD = (
     "tokenizer.json",
     "README.md",
 )
+TEXT_ONLY = "text"
+"""The task of a folder that holds a text encoder and nothing else."""
 
 
 @contextmanager
@@ -140,6 +142,10 @@ def load_metadata(folder: str | Path) -> dict[str, Any]:
 def model_config(metadata: dict[str, Any], source: str = CONFIG) -> ModelConfig:
     """The model's settings from `load_metadata`."""
     values = dict(metadata["model"])
+    if metadata.get("task") == TEXT_ONLY:
+        raise CheckpointError(
+            f"{source}: holds a text encoder without an image encoder; start a training from it with --init-from."
+        )
     try:
         image = ImageConfig(**values.pop("image"))
         text_values = values.pop("text")
@@ -179,8 +185,8 @@ def load_pretrained(
     return model.eval(), metadata
 
 
-def load_state(model: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Loads strictly, in the model's precision.
+def load_state(model: torch.nn.Module, state: dict[str, Tensor], source: str, settings: str = CONFIG) -> None:
+    """Loads strictly, in the model's precision. settings: what the model was made from, for messages.
 
     Raises:
         CheckpointError: names the first missing, unexpected or misshapen tensors.
@@ -199,7 +205,7 @@ def load_state(model: torch.nn.Module, state: dict[str, Tensor], source: str) ->
             for what, items in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
             if items
         ]
-        raise CheckpointError(f"{source}: the weights do not fit {CONFIG}: {'; '.join(parts)}.")
+        raise CheckpointError(f"{source}: the weights do not fit {settings}: {'; '.join(parts)}.")
     model.load_state_dict(state)
 
 

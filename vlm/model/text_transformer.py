@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from vlm.config import TextConfig
 from vlm.errors import ConfigError
 from vlm.model.attention import Attention, CrossAttention, CrossMemory, LayerCache, attention_mask, initialise
+from vlm.model.dropout import Dropout
 from vlm.model.text_cache import TextCache
 from vlm.model.vocabulary_head import activation_function
 
@@ -27,7 +28,7 @@ class Embeddings(nn.Module):
         # BERT's table has two rows; the second one is kept so that its weights go in and out unchanged.
         self.token_type = nn.Embedding(2, config.dim) if config.token_types else None
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, ids: Tensor, offset: int | Tensor = 0) -> Tensor:
         """(T, L) int64 -> (T, L, D). offset: position number of the first token, one for all or (T,)."""
@@ -76,7 +77,7 @@ class Layer(nn.Module):
         self.cross_norm = nn.LayerNorm(dim, eps=eps) if cross_attention else None
         self.feed_forward = FeedForward(dim, config.feed_forward_dim, config.activation)
         self.feed_forward_norm = nn.LayerNorm(dim, eps=eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self,

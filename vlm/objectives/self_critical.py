@@ -25,9 +25,15 @@ class SelfCritical:
 
     scope: Literal["pair", "micro"] = "micro"
 
-    def __init__(self, prompt: Sequence[int], rules: Rules, reward: Reward, samples: int = 5) -> None:
-        """prompt: leading tokens of each caption. rules: end token and longest caption; the samples are drawn without any other rule."""
+    def __init__(
+        self, prompt: Sequence[int], rules: Rules, reward: Reward, samples: int = 5, temperature: float = 1.0
+    ) -> None:
+        """prompt: leading tokens of each caption. rules: end token and longest caption; the samples are drawn without any other rule.
+
+        temperature: of the policy, the distribution that is drawn from and learned; below 1 its samples are nearer to what a search finds.
+        """
         self.prompt, self.rules, self.reward, self.samples = list(prompt), rules, reward, samples
+        self.temperature = temperature
 
     def count(self, batch: Batch) -> Tensor:
         """Samples of all images with a caption."""
@@ -52,7 +58,7 @@ class SelfCritical:
         baseline = (grouped.sum(1, keepdim=True) - grouped) / (self.samples - 1)
         ids, predicted = self._texts(drawn, rows.device)
         states = model.decode_states(ids, features.memory["decoder"].select(rows))
-        log_probabilities = exact(model.language_logits(states[:, :-1][predicted])).log_softmax(1)
+        log_probabilities = (exact(model.language_logits(states[:, :-1][predicted])) / self.temperature).log_softmax(1)
         chosen = log_probabilities.gather(1, ids[:, 1:][predicted][:, None]).squeeze(1)
         advantage = (grouped - baseline).flatten()[:, None].expand_as(predicted)[predicted]
         count = self.count(batch)
@@ -64,7 +70,7 @@ class SelfCritical:
         prompts = torch.tensor([self.prompt], device=rows.device).expand(len(rows), -1)
         training = model.training
         model.eval()  # what is rewarded is the model as it will be used, without dropout
-        drawn = sample(model, memory, prompts, None, self.rules)
+        drawn = sample(model, memory, prompts, None, self.rules, self.temperature)
         model.train(training)
         return [text.ids for text in drawn]
 

@@ -1,14 +1,15 @@
 """Pretraining with any of the family's objectives; evaluated by zero-shot retrieval from embeddings."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vlm.config import ObjectivesConfig
+from vlm.config import ObjectivesConfig, RetrievalConfig
 from vlm.data.batch import Batch
 from vlm.errors import ConfigError
 from vlm.metrics.interval import bootstrap
@@ -16,6 +17,7 @@ from vlm.metrics.retrieval import RetrievalScores, retrieval_scores
 from vlm.model.vision_language import VisionLanguageModel
 from vlm.objectives.captioning import Captioning
 from vlm.objectives.contrastive import Contrastive
+from vlm.objectives.masked_image import MaskedImage
 from vlm.objectives.masked_language import MaskedLanguage
 from vlm.objectives.matching import Matching
 from vlm.objectives.objective import Features, Loss, Objective
@@ -23,31 +25,37 @@ from vlm.objectives.pairs import largest
 from vlm.objectives.self_critical import SelfCritical
 from vlm.objectives.sigmoid import SigmoidContrastive
 from vlm.objectives.teacher import Teacher
+from vlm.objectives.word_patch import WordPatch
+from vlm.tasks.reranking import join_texts, rerank
 from vlm.tasks.task import Record, Task
 
 
 def build_objectives(
-    config: ObjectivesConfig, self_critical: SelfCritical | None = None
+    model: VisionLanguageModel, config: ObjectivesConfig, self_critical: SelfCritical | None = None
 ) -> tuple[dict[str, Objective], dict[str, float]]:
     """The objectives whose weight is above 0, and their weights. self_critical: where that one is among them.
 
     Raises:
-        ConfigError: all weights are 0.
+        ConfigError: all weights are 0, or the model does not suit one.
     """
-    known: dict[str, Objective] = {
-        "contrastive": SigmoidContrastive() if config.contrastive_loss == "sigmoid" else Contrastive(),
-        "matching": Matching(config.negatives),
-        "masked_language": MaskedLanguage(),
-        "captioning": Captioning(config.label_smoothing),
+    encoder, text = model.image_encoder, model.config.text
+    known: dict[str, Callable[[], Objective]] = {
+        "contrastive": SigmoidContrastive if config.contrastive_loss == "sigmoid" else Contrastive,
+        "matching": lambda: Matching(config.negatives),
+        "masked_language": MaskedLanguage,
+        "masked_image": lambda: MaskedImage(encoder, text if config.masked_image_text else None),
+        "word_patch": lambda: WordPatch(encoder.dim, text.dim),
+        "captioning": lambda: Captioning(config.label_smoothing),
     }
     if self_critical is not None:
-        known["self_critical"] = self_critical
+        known["self_critical"] = lambda: self_critical
     weights = {name: float(getattr(config, name)) for name in known if getattr(config, name) > 0}
     if not weights:
         raise ConfigError(
-            "objectives: all weights are 0; give at least one of contrastive, matching, masked_language, captioning, self_critical."
+            "objectives: all weights are 0; give at least one of contrastive, matching, masked_language, masked_image, word_patch, captioning, "
+            "self_critical."
         )
-    return {name: known[name] for name in weights}, weights
+    return {name: known[name]() for name in weights}, weights
 
 
 def build_teacher(model: VisionLanguageModel, config: ObjectivesConfig) -> Teacher | None:
@@ -67,14 +75,22 @@ def build_teacher(model: VisionLanguageModel, config: ObjectivesConfig) -> Teach
 
 
 class Pretraining(Task):
-    """Contrastive, matching, masked language modelling and captioning, each with its weight."""
+    """Contrastive, matching, masked language, masked image, word-patch alignment and captioning, each with its weight."""
 
     metric = "mean_R@1"
 
     def __init__(
-        self, model: VisionLanguageModel, config: ObjectivesConfig, self_critical: SelfCritical | None = None
+        self,
+        model: VisionLanguageModel,
+        config: ObjectivesConfig,
+        self_critical: SelfCritical | None = None,
+        retrieval: RetrievalConfig | None = None,
     ) -> None:
-        super().__init__(model, *build_objectives(config, self_critical))
+        """retrieval: how it is evaluated; by embeddings alone if not given."""
+        super().__init__(model, *build_objectives(model, config, self_critical))
+        self.retrieval = RetrievalConfig() if retrieval is None else retrieval
+        self._found: tuple[Sequence[Record], Retrieved] | None = None
+        self.reads_texts |= config.masked_image > 0 and config.masked_image_text
         self.teacher = build_teacher(model, config)
         self.exchanges_texts = config.matching > 0 and config.negatives == "joined"
         self.compares = self.exchanges_texts or config.contrastive > 0
@@ -114,39 +130,85 @@ class Pretraining(Task):
         if self.teacher is not None:
             self.teacher.update(self.model)
 
+    def train(self, mode: bool = True) -> Self:
+        """As every module's; the records of the last evaluation are let go."""
+        self._found = None
+        return super().train(mode)
+
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Record]:
-        """One record an image: its embedding (E,) and those of its texts (n, E)."""
-        image = self.encode_image(batch.images).embedding.cpu().numpy()
-        text = self.model.encode_text(batch.texts.ids, batch.texts.mask).embedding
-        assert text is not None
-        rows, texts = batch.texts.image.cpu().numpy(), text.cpu().numpy()
-        return [
-            {"key": key, "image_id": int(batch.image_ids[i]), "image": image[i], "texts": texts[rows == i]}
-            for i, key in enumerate(batch.keys)
+        """One record an image: its embedding (E,) and those of its texts (n, E); to look at them again its tokens (P, D), in half precision, and
+        the texts' token ids, each with the number of tokens that are not predicted.
+        """
+        features, texts = self.encode_image(batch.images), batch.texts
+        image = features.embedding.float().cpu().numpy()
+        embeddings = self.model.encode_text(texts.ids, texts.mask).embedding
+        assert embeddings is not None
+        owner = texts.image.cpu().numpy()
+        records: list[Record] = [
+            {"key": key, "image_id": int(batch.image_ids[i]), "image": image[i], "texts": found}
+            for i, (key, found) in enumerate(
+                zip(batch.keys, (embeddings.float().cpu().numpy()[owner == i] for i in range(len(batch))), strict=True)
+            )
         ]
+        if self.retrieval.rerank:
+            tokens = features.tokens.half().cpu().numpy()
+            lengths, prompts, ids = texts.mask.sum(1).tolist(), texts.prompt.tolist(), texts.ids.tolist()
+            for i, record in enumerate(records):
+                record["tokens"] = tokens[i]
+                record["ids"] = [(ids[t][: lengths[t]], prompts[t]) for t in np.nonzero(owner == i)[0]]
+        return records
 
     def evaluate(self, records: Iterable[Record]) -> dict[str, float]:
-        """Recall in percent, text retrieved for an image (TR) and image for a text (IR), over the records at hand."""
-        records = list(records)
-        found, _ = _retrieve(records)
-        to_text = {f"TR_R@{k}": value for k, value in found.image_to_text.items()}
-        to_image = {f"IR_R@{k}": value for k, value in found.text_to_image.items()}
-        mean = (to_text["TR_R@1"] + to_image["IR_R@1"]) / 2
-        return {**to_text, **to_image, "mean_R@1": mean, "images": float(len(records))}
+        """Recall in percent, text retrieved for an image (TR) and image for a text (IR), over the records at hand; where pairs are looked at
+        again, those of the embeddings alone beside.
+        """
+        found = self._retrieve(records)
+        scores = _recalls(found.final)
+        if found.final is not found.embeddings:
+            scores |= {f"embeddings_{name}": value for name, value in _recalls(found.embeddings).items()}
+        return {**scores, "images": float(len(found.final.image_ranks))}
 
     def intervals(self, records: Sequence[Record]) -> dict[str, tuple[float, float]]:
         """Those of R@1, among the same candidates; an image is drawn with all its texts."""
-        found, owner = _retrieve(records)
+        found = self._retrieve(records)
         return {
-            "TR_R@1": bootstrap((100.0 * (found.image_ranks < 1)).tolist()),
-            "IR_R@1": bootstrap((100.0 * (found.text_ranks < 1)).tolist(), owner.tolist()),
+            "TR_R@1": bootstrap((100.0 * (found.final.image_ranks < 1)).tolist()),
+            "IR_R@1": bootstrap((100.0 * (found.final.text_ranks < 1)).tolist(), found.owner.tolist()),
         }
 
+    def _retrieve(self, records: Iterable[Record]) -> "Retrieved":
+        """The scores over the records at hand; kept for the same ones until training goes on, because looking at pairs again takes long."""
+        records = records if isinstance(records, Sequence) else list(records)
+        if self._found is None or self._found[0] is not records:
+            self._found = (records, self._rank(records))
+        return self._found[1]
 
-def _retrieve(records: Sequence[Record]) -> tuple[RetrievalScores, NDArray]:
-    """The scores over the records at hand, and each text's image."""
-    images = np.stack([r["image"] for r in records])
-    texts = np.concatenate([r["texts"] for r in records])
-    owner = np.repeat(np.arange(len(records)), [len(r["texts"]) for r in records])
-    return retrieval_scores(images @ texts.T, np.arange(len(records)), owner), owner
+    def _rank(self, records: Sequence[Record]) -> "Retrieved":
+        images = np.stack([r["image"] for r in records])
+        texts = np.concatenate([r["texts"] for r in records])
+        owner = np.repeat(np.arange(len(records)), [len(r["texts"]) for r in records])
+        similarity = images @ texts.T
+        embeddings = final = retrieval_scores(similarity, np.arange(len(records)), owner)
+        if self.retrieval.rerank:
+            model, settings = self.model, self.retrieval
+            tokens = torch.from_numpy(np.stack([r["tokens"] for r in records]))
+            joined = join_texts([text for r in records for text in r["ids"]], model.config.text.pad_id, model.device)
+            scores = rerank(model, tokens, joined, similarity, settings.rerank, settings.by)
+            final = retrieval_scores(scores, np.arange(len(records)), owner)
+        return Retrieved(embeddings, final, owner)
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """Scores by the embeddings, and after the second look, where there was one; owner: (M,), each text's image."""
+
+    embeddings: RetrievalScores
+    final: RetrievalScores
+    owner: NDArray
+
+
+def _recalls(found: RetrievalScores) -> dict[str, float]:
+    to_text = {f"TR_R@{k}": value for k, value in found.image_to_text.items()}
+    to_image = {f"IR_R@{k}": value for k, value in found.text_to_image.items()}
+    return {**to_text, **to_image, "mean_R@1": (to_text["TR_R@1"] + to_image["IR_R@1"]) / 2}

@@ -19,7 +19,7 @@ class Task(nn.Module):
 
     Attributes: `model`; `weights`, of each loss in the total; `metric`, the score that selects the best checkpoint (higher is better);
     `learned`, the objectives that have parameters of their own, which the trainer trains beside the model's;
-    `blank_images`, whether images are replaced by grey.
+    `blank_images`, whether images are replaced by grey; `reads_texts`, whether an objective reads the states of the plain texts.
     """
 
     metric: str
@@ -33,6 +33,7 @@ class Task(nn.Module):
         self.weights = dict(weights)
         self.learned = nn.ModuleDict({name: o for name, o in objectives.items() if isinstance(o, nn.Module)})
         self.blank_images = False
+        self.reads_texts = bool({"contrastive", "matching", "word_patch"} & set(objectives))
 
     def forward(self, batch: Batch) -> dict[str, Loss]:
         """The losses of one micro-batch. Each view is encoded once, each memory projected once, all passes joined."""
@@ -52,10 +53,8 @@ class Task(nn.Module):
         names = set(self.objectives)
         image = self.encode_image(batch.images)
         texts = batch.texts
-        compares = bool(names & {"contrastive", "matching"})
-        views = {
-            "plain": self.model.encode_text(texts.ids, texts.mask) if compares else TextFeatures(texts.ids, texts.mask)
-        }
+        encode = self.model.encode_text if self.reads_texts else TextFeatures
+        views = {"plain": encode(texts.ids, texts.mask)}
         if batch.masked is not None and "masked_language" in names:
             views["masked"] = self.model.text_view(batch.masked.ids, texts.mask)
         memory: dict[str, CrossMemory] = {}

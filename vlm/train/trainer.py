@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vlm.config import Config
 from vlm.data.batch import Batch
 from vlm.errors import UserError
+from vlm.memory import release_freed_memory
 from vlm.tasks.task import Task
 from vlm.train import state as saved_state
 from vlm.train.averaging import Averaging
@@ -117,6 +118,7 @@ class Trainer:
             due = last or self.step % every == 0
             if self.step % train.log_every == 0 or last:
                 self._report(meter, clock, norm)
+                release_freed_memory()  # batches of many sizes leave holes in the heap: it would grow to several times what a step needs
             stopping = self.ranks.any(self.stop.made) and not last
             if due and not stopping:
                 self.evaluate()

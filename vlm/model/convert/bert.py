@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vlm.errors import CheckpointError
+from vlm.model.convert.pickled import read_pickled
 
 EMBEDDINGS = {
     "embeddings.word_embeddings": "embeddings.word",
@@ -232,13 +234,10 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{folder} has neither {safe.name} nor {pickled.name}; download one of them beside config.json."
         )
+    if file == pickled:
+        return read_pickled(file)
     try:
-        if file == safe:
-            from safetensors.torch import load_file
-
-            return dict(load_file(file))
-        state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
-        return state
-    except Exception as error:  # safetensors and pickle raise many kinds; for the user they are one
+        return dict(load_file(file))
+    except Exception as error:  # safetensors raises many kinds; for the user they are one
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{file} cannot be read ({reason}); download it again.") from error

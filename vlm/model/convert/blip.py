@@ -18,6 +18,7 @@ from torch import Tensor
 from vlm.config import Head, ModelConfig
 from vlm.errors import CheckpointError
 from vlm.model.convert.bert import EMBEDDINGS, HEAD, HEAD_BIAS, HEAD_BIAS_COPY, HEAD_MATRIX, LAYER, MEMORY
+from vlm.model.convert.pickled import read_pickled
 from vlm.model.pretrained import INDEX, WEIGHTS, read_weights
 
 PICKLED = "pytorch_model.bin"
@@ -95,28 +96,36 @@ def _entries(form: Form, config: ModelConfig) -> Iterator[tuple[str, str]]:
     vision, ours = "vision_model.", "image_encoder.backbone."
     for there, here in VISION_PARAMETERS.items():
         yield vision + there, ours + here
-    yield from _modules(VISION, vision, ours)
+    yield from named_modules(VISION, vision, ours)
     for n in range(vit_shape(config).layers):
-        yield from _modules(VISION_LAYER, f"{vision}encoder.layers.{n}.", f"{ours}blocks.{n}.")
+        yield from named_modules(VISION_LAYER, f"{vision}encoder.layers.{n}.", f"{ours}blocks.{n}.")
     for prefix, (stack, memory) in form.stacks.items():
-        yield from _modules(TEXT, prefix, stack)
-        layers, cross = config.text.layers, sorted(config.text.cross_attention)
-        if stack == "decoder.":
-            layers, cross = config.decoder_layers, list(range(config.decoder_layers))
-        for n in range(layers):
-            table = {there: here for there, here in LAYER.items() if n in cross or not there.startswith("cross")}
-            yield from _modules(table, f"{prefix}encoder.layer.{n}.", f"{stack}layers.{n}.")
-        for slot, n in enumerate(cross):
-            for there, side in MEMORY.items():
-                yield from _modules({there: f"{side}.{slot}"}, f"{prefix}encoder.layer.{n}.", memory)
+        yield from text_entries(prefix, stack, memory, config, TEXT)
     if form.decodes:
-        yield from _modules(HEAD, DECODER, "language_head.")
+        yield from named_modules(HEAD, DECODER, "language_head.")
         yield DECODER + HEAD_BIAS, "language_head.bias"
-    yield from _modules(form.modules, "", "")
+    yield from named_modules(form.modules, "", "")
     yield from form.parameters.items()
 
 
-def _modules(table: Mapping[str, str], there: str, here: str) -> Iterator[tuple[str, str]]:
+def text_entries(
+    prefix: str, stack: str, memory: str, config: ModelConfig, embeddings: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    """The names of a text stack's parameters and of its memory's projection, there and here. embeddings: table of its embeddings' modules."""
+    yield from named_modules(embeddings, prefix, stack)
+    layers, cross = config.text.layers, sorted(config.text.cross_attention)
+    if stack == "decoder.":
+        layers, cross = config.decoder_layers, list(range(config.decoder_layers))
+    for n in range(layers):
+        table = {there: here for there, here in LAYER.items() if n in cross or not there.startswith("cross")}
+        yield from named_modules(table, f"{prefix}encoder.layer.{n}.", f"{stack}layers.{n}.")
+    for slot, n in enumerate(cross):
+        for there, side in MEMORY.items():
+            yield from named_modules({there: f"{side}.{slot}"}, f"{prefix}encoder.layer.{n}.", memory)
+
+
+def named_modules(table: Mapping[str, str], there: str, here: str) -> Iterator[tuple[str, str]]:
+    """Names of weights and biases behind the two prefixes, for a table of modules."""
     for foreign, ours in table.items():
         for kind in ("weight", "bias"):
             # Embeddings have no bias.
@@ -133,7 +142,7 @@ def from_blip_state_dict(
     """
     state = {name: tensor for name, tensor in state.items() if not LEFT_OUT.fullmatch(name)}
     if form.decodes:
-        _untie(state, source)
+        untie(state, DECODER, source)
     table = key_table(form, config)
     missing = [name for name in table if name not in state]
     unexpected = [name for name in state if name not in table]
@@ -150,11 +159,16 @@ def from_blip_state_dict(
     return result
 
 
-def _untie(state: dict[str, Tensor], source: str) -> None:
-    """Removes the second copies of the word embedding and of the vocabulary head's bias; files hold one of the two, or both."""
+def untie(state: dict[str, Tensor], prefix: str, source: str) -> None:
+    """Removes the second copies of the word embedding and of the vocabulary head's bias; files hold one of the two, or both.
+
+    prefix: of the BERT with a vocabulary head (`text_decoder.`). source: what messages call the file.
+
+    Raises CheckpointError where copies differ.
+    """
     tied = {
-        DECODER + HEAD_MATRIX: f"{DECODER}bert.embeddings.word_embeddings.weight",
-        DECODER + HEAD_BIAS_COPY: DECODER + HEAD_BIAS,
+        prefix + HEAD_MATRIX: f"{prefix}bert.embeddings.word_embeddings.weight",
+        prefix + HEAD_BIAS_COPY: prefix + HEAD_BIAS,
     }
     for copy, name in tied.items():
         if copy in state and not torch.equal(state[copy], state.setdefault(name, state[copy])):
@@ -219,11 +233,4 @@ def read_blip_weights(folder: Path) -> tuple[dict[str, Tensor], str]:
     file = folder / PICKLED
     if not file.is_file():
         raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {PICKLED}; download one of them beside config.json.")
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle raises many kinds; for the user they are one
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{file} cannot be read as weights ({reason[:200]}); download it again.") from None
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise CheckpointError(f"{file} holds a {type(state).__name__}, expected a state dict of tensors.")
-    return dict(state), str(file)
+    return read_pickled(file), str(file)

@@ -1,0 +1,63 @@
+"""Several shard folders with the same photographs made into one: each photograph once, with all its captions and questions."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm.data.index import ShardSet
+from vlm.data.records import Record, extension_of
+from vlm.data.scan import scan
+from vlm.data.shards import ShardWriter
+from vlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What came of it. records: read; images: written; shared: images that more than one record had."""
+
+    records: int
+    images: int
+    shared: int
+
+
+def join(sets: Sequence[ShardSet], out: Path) -> Joined:
+    """Writes every image of `sets` once, in the order of first appearance, with the captions and questions of all its records.
+
+    Records belong together when source and image id are equal, as everywhere; the image and the key are the first record's. A training step then
+    encodes the image once for all its texts, and no image meets itself in a batch. Texts are kept in memory, images are read when they are written.
+
+    Raises:
+        ConfigError: sets of different sources, which can share no image. UserError: a shard cannot be read, or `out` cannot be written.
+    """
+    sources = sorted({shards.source for shards in sets})
+    if len(sources) != 1:
+        raise ConfigError(
+            f"the folders come from different sources ({', '.join(sources)}), so no image is in two of them; list them all in data.splits.train."
+        )
+    texts: dict[int, tuple[list[str], list[dict[str, Any]]]] = {}
+    counts: Counter[int] = Counter()
+    for record in scan(sets):
+        captions, questions = texts.setdefault(record.image_id, ([], []))
+        captions += [text for text in record.captions if text not in captions]
+        questions += [question for question in record.questions if question not in questions]
+        counts[record.image_id] += 1
+    keys: set[str] = set()
+    with ShardWriter(out, sources[0]) as writer:
+        for record in scan(sets):
+            if record.image_id not in texts:
+                continue
+            key = _free(record, keys)
+            keys.add(key)
+            writer.write(key, record.image, extension_of(record.image), *texts.pop(record.image_id), record.name)
+    return Joined(counts.total(), len(counts), sum(count > 1 for count in counts.values()))
+
+
+def _free(record: Record, keys: set[str]) -> str:
+    """The record's key, with a number behind it where another image has that key."""
+    key, number = record.key, 1
+    while key in keys:
+        number += 1
+        key = f"{record.key}_{number}"
+    return key
