@@ -40,6 +40,8 @@ class ImageConfig:
     """Share of an image's patches left out at random in training (FLIP: 0.5), for speed; evaluation, a teacher and masked_image see all. ViT only."""
     norm_eps: float | None = None
     """Epsilon of the layer norms; null takes timm's (BLIP as transformers has it: 1e-5, timm's ViT: 1e-6)."""
+    antialias: bool = True
+    """How a ViT's positions are interpolated when image_size changes: timm's way, with antialiasing, or plainly, as ALBEF, BLIP and transformers."""
 
 
 @dataclass(frozen=True, kw_only=True)

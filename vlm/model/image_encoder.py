@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_model_data_config
-from timm.layers import convert_sync_batchnorm
+from timm.layers import convert_sync_batchnorm, resample_abs_pos_embed
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -99,7 +99,7 @@ class ImageEncoder(nn.Module):
         return features
 
     def resize(self, image_size: int) -> Self:
-        """Make it an encoder of images of another size: positions are interpolated in place, as timm does it.
+        """Make it an encoder of images of another size: positions are interpolated in place, as `antialias` says.
 
         Raises ConfigError where the backbone cannot take that size.
         """
@@ -107,10 +107,15 @@ class ImageEncoder(nn.Module):
             return self
         if hasattr(self.backbone, "set_input_size"):
             trained = {name: p.requires_grad for name, p in self.backbone.named_parameters()}
+            positions, cells = getattr(self.backbone, "pos_embed", None), self.backbone.patch_embed.num_patches
             try:
                 self.backbone.set_input_size(img_size=(image_size, image_size))
             except (AssertionError, ValueError) as error:
                 raise ConfigError(f"image.image_size={image_size} does not suit {self.config.name}: {error}") from error
+            if not self.config.antialias and positions is not None:
+                prefix, grid = positions.shape[1] - cells, self.backbone.patch_embed.grid_size
+                plain = resample_abs_pos_embed(positions.detach(), grid, num_prefix_tokens=prefix, antialias=False)
+                self.backbone.pos_embed = nn.Parameter(plain)
             for name, p in self.backbone.named_parameters():
                 p.requires_grad_(trained.get(name, True))
         elif self.backbone.pretrained_cfg.get("fixed_input_size"):

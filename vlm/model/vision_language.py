@@ -19,6 +19,7 @@ from vlm.config import ModelConfig, TextConfig
 from vlm.errors import CheckpointError, ConfigError
 from vlm.model.attention import CrossMemory, CrossMemoryProjection, initialise
 from vlm.model.image_encoder import ImageEncoder
+from vlm.model.lengths import by_length
 from vlm.model.text_cache import TextCache
 from vlm.model.text_transformer import TextTransformer
 from vlm.model.vocabulary_head import VocabularyHead
@@ -53,10 +54,12 @@ class TextFeatures:
     states: Tensor | None = None
     embedding: Tensor | None = None
 
-    def select(self, rows: Tensor) -> "TextFeatures":
-        """Rows (R,) in that order, repeats allowed; the embedding is left behind."""
-        states = None if self.states is None else self.states.index_select(0, rows)
-        return TextFeatures(self.ids.index_select(0, rows), self.mask.index_select(0, rows), states)
+    def select(self, rows: Tensor, length: int | None = None) -> "TextFeatures":
+        """Rows (R,) in that order, repeats allowed, cut to `length` tokens; the embedding is left behind."""
+        states = None if self.states is None else self.states[:, :length].index_select(0, rows)
+        return TextFeatures(
+            self.ids[:, :length].index_select(0, rows), self.mask[:, :length].index_select(0, rows), states
+        )
 
     @staticmethod
     def join(parts: Sequence["TextFeatures"]) -> "TextFeatures":
@@ -128,7 +131,14 @@ class VisionLanguageModel(nn.Module):
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> TextFeatures:
         """ids: (T, L) int64. mask: (T, L) bool."""
-        states = self.text(self.text.embed(self.with_first_token(ids, "text")), mask, last=self._text_layers)
+        ids = self.with_first_token(ids, "text")
+
+        def run(rows: Tensor, length: int) -> Tensor:
+            shorter = ids[rows, :length], mask[rows, :length]
+            states: Tensor = self.text(self.text.embed(shorter[0]), shorter[1], last=self._text_layers)
+            return states
+
+        states = by_length(mask, run)
         if self.text_projection is None:
             return TextFeatures(ids, mask, states)
         if self.config.text_pool == "mean":

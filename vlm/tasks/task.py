@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vlm.data.batch import Batch
 from vlm.model.attention import CrossMemory
+from vlm.model.lengths import by_length
 from vlm.model.vision_language import ImageFeatures, TextFeatures, VisionLanguageModel
 from vlm.objectives.objective import Features, Loss, Objective, Pass
 
@@ -89,7 +90,18 @@ class Task(nn.Module):
                 ]
             )
             memory = _memory(features.memory["decoder" if causal else "fusion"], group)
-            states = self.model.decode_states(text.ids, memory) if causal else self.model.fuse(text, memory)
+
+            def run(
+                rows: Tensor,
+                length: int,
+                text: TextFeatures = text,
+                memory: CrossMemory = memory,
+                causal: bool = causal,
+            ) -> Tensor:
+                part, read = text.select(rows, length), memory.select(rows)
+                return self.model.decode_states(part.ids, read) if causal else self.model.fuse(part, read)
+
+            states = by_length(text.mask, run)
             for i, part in zip(chosen, states.split([len(p.text_rows) for p in group]), strict=True):
                 outputs[i] = part
         return [o for o in outputs if o is not None]

@@ -221,7 +221,7 @@ def _image(state: Mapping[str, Tensor], source: str) -> ImageConfig:
         raise CheckpointError(
             f"{source}: pos_embed is for {patches} patches, expected a square number and the class token."
         )
-    return ImageConfig(name=names[0], image_size=side * found[3])
+    return ImageConfig(name=names[0], image_size=side * found[3], antialias=False)
 
 
 def _size(state: Mapping[str, Tensor], name: str, dimension: int, published: int) -> int:

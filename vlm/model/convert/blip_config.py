@@ -77,7 +77,7 @@ def from_blip_config(foreign: Mapping[str, Any], source: str) -> ModelConfig:
             f"{source}: text and vision hidden_size are {fields['dim']} and {shape.dim}; the decoder reads both, so they must be equal."
         )
     return ModelConfig(
-        image=ImageConfig(name=names[0], image_size=size, norm_eps=vision.get("layer_norm_eps", 1e-5)),
+        image=ImageConfig(name=names[0], image_size=size, norm_eps=vision.get("layer_norm_eps", 1e-5), antialias=False),
         text=TextConfig(
             **fields,
             token_types=False,
