@@ -174,7 +174,8 @@ def vqa(place: Place, words: list[str]) -> None:
 
 def retrieve(place: Place, words: list[str]) -> None:
     place.photographs(words[3])
-    place.model(option(words, "--model"), "pretraining")
+    if "--model" in words:
+        place.model(option(words, "--model"), "pretraining")
     place.script(*words[1:])
 
 
@@ -282,6 +283,12 @@ def bootstrap(place: Place, words: list[str]) -> None:
     place.vlm(*words[1:])
 
 
+def join(place: Place, words: list[str]) -> None:
+    for folder in words[3 : words.index("--out")]:
+        place.shards(folder)
+    place.vlm(*words[1:])
+
+
 def parsed(place: Place, words: list[str]) -> None:
     """The arguments are such as the command takes; what it does has tests of its own."""
     _parser().parse_args(words[1:])
@@ -313,6 +320,7 @@ RULES: dict[str, tuple[str, Callable[[Place, list[str]], None]]] = {
     r"vlm plot .*": ("executed", plot),
     r"vlm shards index .*": ("executed", index),
     r"vlm shards bootstrap .*": ("executed", bootstrap),
+    r"vlm shards join .*": ("executed", join),
 }
 
 

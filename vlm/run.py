@@ -32,6 +32,7 @@ from vlm.data.loader import Loader
 from vlm.data.scan import scan
 from vlm.data.text import Tokenizer
 from vlm.errors import ConfigError, UserError
+from vlm.hub import local_folder
 from vlm.memory import keep_freed_memory
 from vlm.model.pretrained import load_pretrained, restore_folder
 from vlm.settings import config_to_yaml
@@ -167,6 +168,7 @@ def evaluate(config: Config, checkpoint: Path, split: str, out: Path) -> dict[st
     held_out = load_sets(folders, f"data.splits.{split}")
     ranks = _start()
     try:
+        checkpoint = local_folder(checkpoint)
         model, _ = load_pretrained(checkpoint)
         parts = Parts(dataclasses.replace(config, model=model.config), Tokenizer.load(checkpoint), model)
         trained_on = read_trained_on(checkpoint)

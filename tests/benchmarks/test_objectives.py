@@ -118,7 +118,7 @@ def test_what_is_concluded_from_made_numbers(benchmark: dict[str, Any]) -> None:
     cells = made(
         [images, images + 1, images - worse],
         [None, images + 5 + rng.normal(0, 3, (3, 200)), images + 5],
-        [images, images + torn, images],
+        [2 * images, 2 * images + torn, 2 * images],
     )
     found = benchmark["summarize"](["net"], 3, cells)
     told = {(row["measure"], row["set"]): row for row in found["differences"]}

@@ -12,6 +12,11 @@ from torch import Tensor
 _MULTIPLE = 8
 
 
+def reads_lengths(mask: Tensor) -> bool:
+    """Whether lengths can be read without waiting for a device."""
+    return mask.device.type == "cpu"
+
+
 def by_length(mask: Tensor, run: Callable[[Tensor, int], Tensor]) -> Tensor:
     """What `run` gives for all texts, (T, L, D): run(rows (R,), length) -> (R, length, D) is called for the texts of each length, rounded up to a
     multiple of 8; behind them stand zeros. Captions and questions with answers differ in length, so half of a joint batch is padding.
@@ -19,7 +24,7 @@ def by_length(mask: Tensor, run: Callable[[Tensor, int], Tensor]) -> Tensor:
     On another device than the CPU `run` is called once, for all texts: reading lengths would wait for the device. mask: (T, L) bool.
     """
     texts, longest = mask.shape
-    if mask.device.type != "cpu" or texts == 0:
+    if not reads_lengths(mask) or texts == 0:
         return run(torch.arange(texts, device=mask.device), longest)
     position = torch.arange(1, longest + 1)
     lengths = (mask * position).amax(1).clamp(min=1)
