@@ -70,8 +70,11 @@ class Place:
 
     def __init__(self, folder: Path, checkpoint: Callable[..., Path], scenes: Path, patch: pytest.MonkeyPatch) -> None:
         self.folder, self.checkpoint, self.scenes, self.patch = folder, checkpoint, scenes, patch
-        for name in ("configs", "datasets", "demos", "benchmarks", "vlm", "Makefile"):
+        for name in ("configs", "datasets", "benchmarks", "vlm", "Makefile"):
             (folder / name).symlink_to(ROOT / name)
+        (folder / "demos").mkdir()  # not a link itself: what a test puts there must not land in the repository
+        for path in (ROOT / "demos").iterdir():
+            (folder / "demos" / path.name).symlink_to(path)
         patch.chdir(folder)
 
     def image(self, name: str) -> None:
