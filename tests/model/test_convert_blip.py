@@ -532,15 +532,13 @@ def edit(file: Path, **changes: Any) -> None:
 def test_names_that_do_not_fit_are_told(make: Make) -> None:
     source, _ = make("captioning")
     edit(source / "config.json", architectures=["BlipForQuestionAnswering"])
-    refused(source, "names missing, the first 'text_encoder.embeddings.word_embeddings.weight'", "BlipForQuestionAns")
+    refused(source, "names missing (text_encoder.embeddings.word_embeddings.weight", "BlipForQuestionAns")
     edit(source / "config.json", architectures=["BlipForConditionalGeneration"])
     state = load_file(source / "model.safetensors")
     del state["vision_model.post_layernorm.bias"]
     state["vision_model.encoder.layers.0.gate"] = torch.zeros(1)
     save_file(state, source / "model.safetensors", {"format": "pt"})
-    refused(
-        source, "1 names missing, the first 'vision_model.post_layernorm.bias'", "1 names unexpected", "layers.0.gate'"
-    )
+    refused(source, "1 names missing (vision_model.post_layernorm.bias)", "1 names unexpected", "layers.0.gate)")
     del state["vision_model.encoder.layers.0.gate"]
     state["vision_model.post_layernorm.bias"] = torch.zeros(3)
     save_file(state, source / "model.safetensors", {"format": "pt"})

@@ -23,6 +23,7 @@ from vlm.model.convert.blip import (
     VISION_LAYER,
     VITS,
     named_modules,
+    renamed,
     text_entries,
     untie,
     vit_shape,
@@ -37,7 +38,6 @@ POINTERS = ("queue_ptr", "ptr_queue")
 QUEUE = (IMAGE_QUEUE, TEXT_QUEUE, "idx_queue", *POINTERS)
 HEAD_WIDTH = 64
 """Of an attention head, in every BERT and ViT of these authors; tensors do not say it."""
-SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -123,16 +123,7 @@ def _renamed(state: dict[str, Tensor], table: Mapping[str, str], kind: Kind, sou
         untie(state, prefix, source)
     if kind.tied:
         _untie_decoder(state, table, kind, source)
-    missing = [name for name in table if name not in state]
-    unexpected = [name for name in state if name not in table]
-    if missing or unexpected:
-        parts = [
-            f"{len(names)} names {what} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
-            for what, names in (("missing", missing), ("unexpected", unexpected))
-            if names
-        ]
-        raise CheckpointError(f"{source} is not {kind.name}: {'; '.join(parts)}.")
-    return {ours: state[there] for there, ours in table.items()}
+    return renamed(state, table, f"{source} is not {kind.name}")
 
 
 def _untie_decoder(state: dict[str, Tensor], table: Mapping[str, str], kind: Kind, source: str) -> None:

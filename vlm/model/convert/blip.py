@@ -38,6 +38,8 @@ VISION_LAYER = {
 TEXT = {there: ours for there, ours in EMBEDDINGS.items() if ours != "embeddings.token_type"}
 DECODER = "text_decoder."
 # Buffers of position numbers in files of older versions.
+SHOWN = 5
+"""Names that a message shows of those that do not fit."""
 LEFT_OUT = re.compile(r"(.*\.)?embeddings\.position_ids")
 
 
@@ -144,19 +146,27 @@ def from_blip_state_dict(
     if form.decodes:
         untie(state, DECODER, source)
     table = key_table(form, config)
+    result = renamed(state, table, f"{source} does not hold the {form.name} that its config.json says")
+    if "logit_scale" in table:
+        result["temperature"] = result["temperature"].double().neg().exp().float()
+    return result
+
+
+def renamed(state: Mapping[str, Tensor], table: Mapping[str, str], problem: str) -> dict[str, Tensor]:
+    """The tensors under our names. table: names there -> ours.
+
+    Raises CheckpointError, which begins with `problem`, with the first names that are missing or left over.
+    """
     missing = [name for name in table if name not in state]
     unexpected = [name for name in state if name not in table]
     if missing or unexpected:
         parts = [
-            f"{len(names)} names {what}, the first {names[0]!r}"
+            f"{len(names)} names {what} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
             for what, names in (("missing", missing), ("unexpected", unexpected))
             if names
         ]
-        raise CheckpointError(f"{source} does not hold the {form.name} that its config.json says: {'; '.join(parts)}.")
-    result = {ours: state[there] for there, ours in table.items()}
-    if "logit_scale" in table:
-        result["temperature"] = result["temperature"].double().neg().exp().float()
-    return result
+        raise CheckpointError(f"{problem}: {'; '.join(parts)}.")
+    return {ours: state[there] for there, ours in table.items()}
 
 
 def untie(state: dict[str, Tensor], prefix: str, source: str) -> None:
