@@ -24,6 +24,9 @@ class ImageConfig:
     """A local weights file (.safetensors, or a state dict that loads with weights_only)."""
     stages: int | None = None
     """Keep the backbone only up to this feature index (timm's), for a finer grid on small images; null keeps all."""
+    width: int | None = None
+    """Width that a feature map (of a convolutional network, a Swin) is brought to, by a linear map and a layer norm, before cross-attention reads it:
+    fewer weights than cross-attention of the map's own width in every layer; null keeps the map as it is."""
     pretrained: bool = False
     """Let timm download its pretrained weights."""
     frozen: bool = False

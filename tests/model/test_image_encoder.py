@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -327,3 +328,24 @@ def test_stages_keep_the_feature_map_of_that_index() -> None:
 def test_stages_beyond_the_last_are_refused() -> None:
     with pytest.raises(ConfigError, match="stages=9"):
         ImageEncoder(ImageConfig(name="resnet10t", image_size=64, stages=9))
+
+
+def test_width_brings_the_feature_map_to_another_width_and_is_trained_beside_a_frozen_backbone() -> None:
+    torch.manual_seed(0)
+    plain = ImageEncoder(ImageConfig(name="resnet10t", image_size=64, frozen=True)).eval()
+    encoder = ImageEncoder(ImageConfig(name="resnet10t", image_size=64, frozen=True, width=24)).eval()
+    encoder.backbone.load_state_dict(plain.backbone.state_dict())
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    tokens = encoder(images)
+    linear, norm = encoder.projection
+    wide = plain(images) - plain.positions.flatten(2).transpose(1, 2)
+    expected = F.layer_norm(linear(wide), (24,)) + encoder.positions.flatten(2).transpose(1, 2)
+    torch.testing.assert_close(tokens, expected)
+    assert encoder.dim == encoder.pool(tokens).shape[1] == 24
+    tokens.square().sum().backward()
+    assert linear.weight.grad is not None and norm.weight.grad is not None
+
+
+def test_width_is_refused_where_there_is_no_feature_map() -> None:
+    with pytest.raises(ConfigError, match="image.width=24.*test_vit"):
+        ImageEncoder(ImageConfig(name="test_vit", width=24))

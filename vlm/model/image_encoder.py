@@ -26,7 +26,8 @@ class ImageEncoder(nn.Module):
     """Image tokens of any timm model, for cross-attention and for the image embedding.
 
     A Transformer (ViT, DeiT, BEiT, EVA) gives all its tokens after its last norm, the class token first. A convolutional network gives its last
-    feature map, row by row, plus learned positions, which are interpolated where the image size changes.
+    feature map, row by row, brought to `config.width` where that is set, plus learned positions, which are interpolated where the image size
+    changes.
 
     Attributes: `dim`, the width D; `image_size`, the side in pixels of the images that it was built for; `prefix`, how many tokens stand before
     the patches (class and register tokens); `backbone`, the timm model; buffers `mean` and `std` (1, 3, 1, 1), timm's for this model, which are
@@ -69,12 +70,17 @@ class ImageEncoder(nn.Module):
             self.backbone.set_grad_checkpointing(True)
 
         self._folded: tuple[tuple[int, ...], Any] | None = None  # in a tuple: no part of the state
+        self.projection: nn.Module | None = None
         self.positions: nn.Parameter | None = None  # (1, D, h, w)
         if hasattr(self.backbone, "num_prefix_tokens"):
             self.prefix = int(self.backbone.num_prefix_tokens)
             self.dim = int(self.backbone.embed_dim)
         else:
             self._probe()
+        if config.width is not None and self.projection is None:
+            raise ConfigError(
+                f"image.width={config.width}: {config.name} gives tokens, not a feature map whose width could be changed; leave it out."
+            )
         self.resize(config.image_size or native)
         self.frozen = config.frozen or config.trainable_blocks == 0
         self._freeze()
@@ -87,6 +93,9 @@ class ImageEncoder(nn.Module):
         self.prefix = int(features.ndim == 3 and hasattr(self.backbone, "cls_token"))
         if features.ndim == 4:
             self.backbone.to(memory_format=torch.channels_last)
+            if self.config.width is not None:
+                self.projection = nn.Sequential(nn.Linear(self.dim, self.config.width), nn.LayerNorm(self.config.width))
+                self.dim = self.config.width
             self.positions = nn.Parameter(torch.empty(1, self.dim, *features.shape[2:]))
             nn.init.trunc_normal_(self.positions, std=0.02)
 
@@ -176,6 +185,8 @@ class ImageEncoder(nn.Module):
         if self.positions is None:
             return x
         grid = (x.shape[2], x.shape[3])
+        if self.projection is not None:
+            x = self.projection(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         x = x + _interpolate(self.positions, grid).to(x.dtype)
         return x.flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, P, D)
 
