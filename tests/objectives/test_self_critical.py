@@ -81,8 +81,9 @@ def test_what_is_rewarded_becomes_likely(tiny_model: MakeModel) -> None:
 
 def test_the_end_is_learnt_and_equal_rewards_teach_nothing(tiny_model: MakeModel) -> None:
     objective = SelfCritical([2, 7], Rules(end_id=END, max_length=4), lambda drawn, _: [1.0] * len(drawn), samples=2)
-    ids, predicted = objective._texts([[5, 6], [5, 6, 7, 8], []], torch.device("cpu"))
+    ids, mask, predicted = objective._texts([[5, 6], [5, 6, 7, 8], []], torch.device("cpu"))
     assert ids[:, :6].tolist() == [[2, 7, 5, 6, END, END], [2, 7, 5, 6, 7, 8], [2, 7, END, END, END, END]]
+    assert mask.sum(1).tolist() == [5, 6, 3]
     assert predicted.sum(1).tolist() == [3, 4, 1]
     assert predicted[0].tolist() == [False, True, True, True, False, False, False]
     model, batch = tiny_model(), captioned(2)

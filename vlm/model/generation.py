@@ -227,19 +227,26 @@ def sample(
     count = len(ids)
 
     def choose(scores: Tensor, rows: Tensor) -> Tensor:
-        ordered, tokens = (scores / temperature).sort(dim=1, descending=True)
+        scores = scores / temperature
+        uniform = _uniform(count, generator).to(scores.device)[rows]
+        if not top_k and top_p == 1:
+            return _drawn(scores.softmax(1), uniform)  # in any order: sorting would take most of the time
+        ordered, tokens = scores.sort(dim=1, descending=True)
         if top_k:
             ordered = ordered.masked_fill(ordered < ordered[:, min(top_k, ordered.shape[1]) - 1, None], -math.inf)
         chances = ordered.softmax(1)
         chances = chances.masked_fill(chances.cumsum(1) - chances >= top_p, 0.0)
-        # The inverse of the distribution function, at one uniform number for each prompt, in the batch or not.
-        drawn = _uniform(count, generator).to(scores)[rows, None] * chances.sum(1, keepdim=True)
-        place = torch.searchsorted(chances.cumsum(1), drawn, right=True)
-        # Rounding may lead one step behind the last possible token.
-        place = torch.minimum(place, (chances > 0).sum(1, keepdim=True) - 1)
-        return tokens.gather(1, place).squeeze(1)
+        return tokens.gather(1, _drawn(chances, uniform)[:, None]).squeeze(1)
 
     return _decode(model, memory, ids, mask, rules, choose)
+
+
+def _drawn(chances: Tensor, uniform: Tensor) -> Tensor:
+    """Columns (R,) of chances (R, V), which need not sum to 1: the inverse of the distribution function at uniform (R,), fp64."""
+    reached = chances.cumsum(1, dtype=torch.float64)
+    place = torch.searchsorted(reached, uniform[:, None] * reached[:, -1:], right=True)
+    # Rounding may lead behind the last possible token, which is the first that reaches the sum.
+    return torch.minimum(place, (reached < reached[:, -1:]).sum(1, keepdim=True)).squeeze(1)
 
 
 def _uniform(count: int, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:

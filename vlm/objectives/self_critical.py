@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlm.data.batch import Batch
 from vlm.model.generation import Rules, sample
+from vlm.model.lengths import by_length
 from vlm.model.vision_language import VisionLanguageModel
 from vlm.objectives.objective import Features, Loss, Pass, exact
 
@@ -56,8 +57,9 @@ class SelfCritical:
         )
         grouped = reward.view(-1, self.samples)
         baseline = (grouped.sum(1, keepdim=True) - grouped) / (self.samples - 1)
-        ids, predicted = self._texts(drawn, rows.device)
-        states = model.decode_states(ids, features.memory["decoder"].select(rows))
+        ids, mask, predicted = self._texts(drawn, rows.device)
+        memory = features.memory["decoder"].select(rows)
+        states = by_length(mask, lambda part, length: model.decode_states(ids[part, :length], memory.select(part)))
         log_probabilities = (exact(model.language_logits(states[:, :-1][predicted])) / self.temperature).log_softmax(1)
         chosen = log_probabilities.gather(1, ids[:, 1:][predicted][:, None]).squeeze(1)
         advantage = (grouped - baseline).flatten()[:, None].expand_as(predicted)[predicted]
@@ -84,15 +86,15 @@ class SelfCritical:
                 captions.setdefault(image, []).append(source["caption"])
         return [captions[row] for row in rows.tolist()]
 
-    def _texts(self, drawn: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-        """ids (R, L) and, (R, L - 1), which next tokens were drawn."""
+    def _texts(self, drawn: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """ids (R, L), mask (R, L) and, (R, L - 1), which next tokens were drawn."""
         longest, first = self.rules.max_length, len(self.prompt)
         texts = [[*self.prompt, *ids, *([self.rules.end_id] if len(ids) < longest else [])] for ids in drawn]
         length = -(-max(map(len, texts)) // 8) * 8
         ids = torch.tensor([[*text, *[self.rules.end_id] * (length - len(text))] for text in texts], device=device)
         position = torch.arange(length, device=device)
         mask = position < torch.tensor([len(text) for text in texts], device=device)[:, None]
-        return ids, mask[:, 1:] & (position[1:] >= first)
+        return ids, mask, mask[:, 1:] & (position[1:] >= first)
 
 
 def _described(batch: Batch) -> Tensor:
