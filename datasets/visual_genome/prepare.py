@@ -1,26 +1,36 @@
-"""Visual Genome: the official download to shards, region descriptions as captions. See README.md beside this file."""
+"""Visual Genome: the official download to shards, region descriptions as captions, with questions where given. See README.md beside this file."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from vlm.data.official import read_coco_splits
 from vlm.data.prepare import LeftOut, Photograph, keyed_hash, read_json, require, run, whole_number, write_splits
+from vlm.data.references import question
 from vlm.errors import UserError
 
 IMAGES = "images.zip and images2.zip (folders VG_100K/ and VG_100K_2/)"
 DATA = "image_data.json.zip"
 REGIONS = "region_descriptions.json.zip"
-KARPATHY = "dataset_coco.json, in caption_datasets.zip"
+QUESTIONS = "question_answers.json.zip"
 
 
-def held_out(path: Path) -> set[int]:
-    """COCO ids of the images that Karpathy's split keeps for val and test."""
-    content = read_json(path, KARPATHY, ["images"])
+def read_questions(path: Path) -> dict[int, tuple[dict[str, Any], ...]]:
+    """Questions by image, each with its one answer."""
     try:
-        return {int(image["cocoid"]) for image in content["images"] if image["split"] in ("val", "test")}
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: {type(error).__name__}: {error}; expected Karpathy's {KARPATHY}") from None
+        return {
+            int(entry["id"]): tuple(
+                question(int(qa["qa_id"]), qa["question"].strip(), [qa["answer"].strip().removesuffix(".")])
+                for qa in entry["qas"]
+            )
+            for entry in read_json(path, QUESTIONS)
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path}: {type(error).__name__}: {error}; expected the list of {QUESTIONS}, version 1.2"
+        ) from None
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -28,7 +38,9 @@ def prepare(args: argparse.Namespace) -> None:
     files = {path.stem: path for folder in folders if folder.is_dir() for path in folder.glob("*.jpg")}
     images = read_json(args.source / "image_data.json", DATA)
     regions = read_json(args.source / "region_descriptions.json", REGIONS)
-    kept_out = held_out(args.karpathy) if args.karpathy else set()
+    asked = args.source / "question_answers.json"
+    questions = read_questions(asked) if asked.exists() else {}
+    kept_out = read_coco_splits(args.karpathy) if args.karpathy else {}
     if not kept_out:
         print(
             "Half of these images are COCO's: give --karpathy dataset_coco.json to leave out its val and test images.",
@@ -48,7 +60,7 @@ def prepare(args: argparse.Namespace) -> None:
             captions = tuple(dict.fromkeys(phrase for phrase in phrases.get(number, ()) if phrase))
             split = "val" if keyed_hash(str(number), "visual_genome") % args.holdout_every == 0 else "train"
             path = files.get(str(number), folders[0] / f"{number}.jpg")
-            splits[split].append(Photograph(str(number), path, number, captions))
+            splits[split].append(Photograph(str(number), path, number, captions, questions.get(number, ())))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{args.source}: {type(error).__name__}: {error}; expected the lists of {DATA} and {REGIONS}, version 1.2"

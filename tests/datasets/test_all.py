@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NAMES = ["flickr8k", "coco", "vqa_v2", "daquar", "easy_vqa", "folder", "visual_genome"]
+CAPTIONS = ["flickr8k", "flickr30k", "coco", "nocaps", "textcaps", "visual_genome", "vizwiz_captions"]
+QUESTIONS = ["vqa_v2", "daquar", "easy_vqa", "gqa", "ok_vqa", "pope", "textvqa", "vizwiz_vqa"]
+NAMES = [*CAPTIONS, *QUESTIONS, "folder"]
 READ_AS_THEY_ARE = ["cc3m", "cc12m", "sbu", "laion"]
 
 
@@ -32,6 +34,23 @@ def test_every_recipe_is_here_and_none_shadows_hugging_faces_datasets():
         ("easy_vqa", [], "questions.json", "pip download"),
         ("visual_genome", [], "VG_100K", "images.zip"),
         ("visual_genome", ["VG_100K/"], "image_data.json", "image_data.json.zip"),
+        ("flickr30k", [], "flickr30k-images", "request form"),
+        ("flickr30k", ["flickr30k-images/"], "dataset_flickr30k.json", "caption_datasets.zip"),
+        ("nocaps", [], "nocaps_val_4500_captions.json", "https://nocaps.org/download"),
+        ("textcaps", [], "TextCaps_0.1_train.json", "https://textvqa.org/textcaps/dataset"),
+        ("vizwiz_captions", [], "annotations/train.json", "annotations.zip"),
+        ("ok_vqa", [], "OpenEnded_mscoco_train2014_questions.json", "okvqa.allenai.org"),
+        ("ok_vqa", ["v2_mscoco_val2014_annotations.json"], "train2014_questions.json", "okvqa.allenai.org"),
+        (
+            "ok_vqa",
+            ["mscoco_val2014_annotations.json", "val2014/"],
+            "val2014_questions.json",
+            "val2014_questions.json.zip",
+        ),
+        ("gqa", [], "questions/train_balanced_questions.json", "questions1.2.zip"),
+        ("textvqa", [], "TextVQA_0.5.1_val.json", "https://textvqa.org/dataset"),
+        ("vizwiz_vqa", [], "Annotations/test.json", "Annotations.zip"),
+        ("pope", [], "coco_pope_adversarial.json", "https://github.com/AoiDragon/POPE"),
     ],
 )
 def test_a_missing_file_names_its_download(recipe, tmp_path, capsys, name, present, missing, download):

@@ -47,7 +47,25 @@ def test_without_karpathys_split_it_says_what_is_in_it(recipe, source, tmp_path,
     assert "give --karpathy dataset_coco.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("file", ["image_data.json", "region_descriptions.json", "dataset_coco.json"])
+def test_questions_join_the_phrases_of_their_image(recipe, source, tmp_path, read_shards):
+    rows = [
+        {"image_id": 12, "qa_id": 900 + k, "question": f"Where is {k}? ", "answer": f"On shelf {k}."} for k in (0, 1)
+    ]
+    (source / "question_answers.json").write_text(json.dumps([{"id": 12, "qas": rows}, {"id": 3, "qas": []}]))
+    command = ["--source", str(source), "--out", str(tmp_path / "o"), "--holdout-every", "3"]
+    assert recipe("visual_genome").main(command) == 0
+    records = read_shards(tmp_path / "o/train") | read_shards(tmp_path / "o/val")
+    assert [q["question"] for q in records["12"]["questions"]] == ["Where is 0?", "Where is 1?"]
+    assert records["12"]["questions"][1]["question_id"] == 901
+    assert records["12"]["questions"][1]["answers"] == ["On shelf 1"]
+    assert not records["3"].get("questions")
+    assert records["3"]["captions"] == ["a thing 3", "red car"]
+
+
+FILES = ["image_data.json", "region_descriptions.json", "question_answers.json", "dataset_coco.json"]
+
+
+@pytest.mark.parametrize("file", FILES)
 def test_a_file_of_another_kind_is_named(recipe, source, tmp_path, capsys, file):
     (source / file).write_text('{"images": [{"x": 1}]}' if file.startswith("dataset") else '[{"x": 1}]')
     karpathy = ["--karpathy", str(source / "dataset_coco.json")]

@@ -27,18 +27,19 @@ class Described(Protocol):
     def questions(self) -> Sequence[Mapping[str, Any]]: ...
 
 
-def question(question_id: int, text: str, answers: Sequence[str]) -> dict[str, Any]:
-    """A question record with its types guessed in VQA's manner: by the answer (yes/no, number, other) and by the question's first two words."""
-    first = answers[0].strip().lower()
-    kind = "yes/no" if first in ("yes", "no") else "number" if re.fullmatch(r"\d+", first) else "other"
+def question(question_id: int | str, text: str, answers: Sequence[str]) -> dict[str, Any]:
+    """A question record with its types guessed in VQA's manner: by the answer (yes/no, number, other) and by the question's first two words.
+
+    Without answers, as in a test set whose answers only its server has, there is no answer type.
+    """
+    kinds = {}
+    if answers:
+        first = answers[0].strip().lower()
+        kinds["answer_type"] = (
+            "yes/no" if first in ("yes", "no") else "number" if re.fullmatch(r"\d+", first) else "other"
+        )
     start = " ".join(text.lower().rstrip(" ?").split()[:2])
-    return {
-        "question_id": question_id,
-        "question": text,
-        "answers": list(answers),
-        "answer_type": kind,
-        "question_type": start,
-    }
+    return {"question_id": question_id, "question": text, "answers": list(answers), **kinds, "question_type": start}
 
 
 def write_references(out: Path, split: str, photographs: Sequence[Described]) -> None:
@@ -49,9 +50,10 @@ def write_references(out: Path, split: str, photographs: Sequence[Described]) ->
     wanted = photographs if split != "train" else []
     captioned = [p for p in wanted if p.captions]
     asked = [p for p in wanted if p.questions]
+    answered = any(q["answers"] for p in asked for q in p.questions)
     _replace(out / f"{split}_references.json", caption_references(captioned) if captioned else None)
     _replace(out / f"{split}_questions.json", question_file(asked) if asked else None)
-    _replace(out / f"{split}_annotations.json", answer_file(asked) if asked else None)
+    _replace(out / f"{split}_annotations.json", answer_file(asked) if answered else None)
 
 
 def read_image_ids(path: Path) -> set[int | str]:
@@ -94,12 +96,12 @@ def question_file(photographs: Sequence[Described]) -> dict[str, Any]:
 
 
 def answer_file(photographs: Sequence[Described]) -> dict[str, Any]:
-    """VQA's annotation form.
+    """VQA's annotation form, of the questions that have answers.
 
     The official accuracy compares with ten answers, leaving one out each time; where fewer were given they are repeated in turn up to ten, which
     makes the accuracy of a question with a single answer an exact match.
     """
-    return {"annotations": [_annotation(p.image_id, q) for p in photographs for q in p.questions]}
+    return {"annotations": [_annotation(p.image_id, q) for p in photographs for q in p.questions if q["answers"]]}
 
 
 def _annotation(image_id: int | str, question: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,43 @@
+"""VizWiz-Captions: the official captions and photographs to shards. See README.md beside this file."""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm.data.official import files_here, read_coco_captions
+from vlm.data.prepare import LeftOut, Photograph, require, run, shard_key, write_splits
+
+PAGE = "https://vizwiz.org/tasks-and-datasets/image-captioning/"
+CAPTIONS = f"annotations.zip from {PAGE} (extract into annotations/)"
+IMAGES = f"train.zip and val.zip from {PAGE} (extract into train/ and val/)"
+
+
+def prepare(args: argparse.Namespace) -> None:
+    left_out = LeftOut()
+
+    def unusable(annotation: Mapping[str, Any]) -> bool:
+        """Whether the official evaluation passes it over: the sentence offered for pictures that show nothing, and spam."""
+        marks = [mark for mark in ("is_precanned", "is_rejected") if annotation[mark]]
+        if marks:
+            left_out.add(f"caption marked {marks[0]}", annotation["caption"])
+        return bool(marks)
+
+    files = files_here({s: args.source / "annotations" / f"{s}.json" for s in ("train", "val")}, CAPTIONS)
+    splits = {}
+    for split, path in files.items():
+        folder = require(args.source / split, IMAGES)
+        splits[split] = [
+            Photograph(shard_key(Path(name).stem), folder / name, Path(name).stem, captions)
+            for name, _, captions in read_coco_captions(path, CAPTIONS, unusable)
+        ]
+    write_splits(args.out, "vizwiz", splits, left_out, args.samples_per_shard, IMAGES)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run("Write VizWiz-Captions as shards.", lambda _: None, prepare, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""VizWiz-VQA: the official questions and photographs to shards. See README.md beside this file."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlm.data.official import files_here
+from vlm.data.prepare import LeftOut, Photograph, read_json, require, run, shard_key, write_splits
+from vlm.data.references import question
+from vlm.errors import UserError
+
+PAGE = "https://vizwiz.org/tasks-and-datasets/vqa/"
+QUESTIONS = f"Annotations.zip from {PAGE} (extract into Annotations/)"
+IMAGES = f"train.zip, val.zip and test.zip from {PAGE} (extract into train/, val/ and test/)"
+
+
+def photographs(path: Path, folder: Path) -> list[Photograph]:
+    """The photographs of a split, each with its one question; those of the test set have no answers."""
+    made = []
+    try:
+        for row in read_json(path, QUESTIONS):
+            name = row["image"]
+            asked = question(name, row["question"].strip(), [a["answer"] for a in row.get("answers", ())])
+            if "answer_type" in row:
+                asked["answer_type"] = row["answer_type"]
+            made.append(Photograph(shard_key(Path(name).stem), folder / name, Path(name).stem, questions=(asked,)))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not in VizWiz' form (missing {error}); expected: {QUESTIONS}") from None
+    return made
+
+
+def prepare(args: argparse.Namespace) -> None:
+    files = files_here({s: args.source / "Annotations" / f"{s}.json" for s in ("train", "val", "test")}, QUESTIONS)
+    splits = {split: photographs(path, require(args.source / split, IMAGES)) for split, path in files.items()}
+    write_splits(args.out, "vizwiz", splits, LeftOut(), args.samples_per_shard, IMAGES)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run("Write VizWiz-VQA as shards.", lambda _: None, prepare, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Official files whose form several recipes share: Karpathy's splits, COCO's captions, a file for each split, and what must not be trained on."""
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm.data.prepare import read_json
+from vlm.data.references import read_image_ids
+from vlm.errors import UserError
+
+CAPTION_DATASETS = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
+KARPATHY = "caption_datasets.zip of Karpathy and Fei-Fei (file {name})"
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A photograph in Karpathy's file. folder: of COCO's alone, train2014 or val2014; coco_id likewise."""
+
+    name: str
+    split: str
+    captions: tuple[str, ...]
+    folder: str = ""
+    coco_id: int = 0
+
+
+def read_karpathy(path: Path, coco: bool) -> list[Listed]:
+    """The photographs of dataset_coco.json, or of another of Karpathy's files."""
+    download = KARPATHY.format(name="dataset_coco.json" if coco else path.name)
+    listed = []
+    for number, entry in enumerate(read_json(path, download, ["images"])["images"]):
+        try:
+            captions = tuple(text for sentence in entry["sentences"] if (text := sentence["raw"].strip()))
+            of_coco = (entry["filepath"], entry["cocoid"]) if coco else ()
+            listed.append(Listed(entry["filename"], entry["split"], captions, *of_coco))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path}: entry {number} is not in Karpathy's form (missing {error}); expected the file from: {download}"
+            ) from None
+    return listed
+
+
+def read_coco_splits(path: Path) -> dict[int, str]:
+    """The COCO ids that dataset_coco.json keeps for val and test, with that split; its captions need not be there."""
+    download = KARPATHY.format(name="dataset_coco.json")
+    entries = read_json(path, download, ["images"])["images"]
+    try:
+        return {int(e["cocoid"]): e["split"] for e in entries if e["split"] in ("val", "test")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is not in Karpathy's form (missing {error}); expected the file from: {download}"
+        ) from None
+
+
+def read_coco_captions(
+    path: Path, download: str, unusable: Callable[[Mapping[str, Any]], bool] = lambda _: False
+) -> list[tuple[str, dict[str, Any], tuple[str, ...]]]:
+    """Name, entry and captions of each image of a file in COCO's caption form; `unusable` says which annotations to pass over."""
+    content = read_json(path, download, ["images", "annotations"])
+    captions: dict[Any, list[str]] = defaultdict(list)
+    try:
+        for annotation in content["annotations"]:
+            text = annotation["caption"].strip()
+            if text and not unusable(annotation):
+                captions[annotation["image_id"]].append(text)
+        return [(i["file_name"], i, tuple(captions.get(i["id"], ()))) for i in content["images"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not in COCO's caption form (missing {error}); expected the file from: {download}"
+        ) from None
+
+
+def files_here(files: Mapping[str, Path], download: str) -> dict[str, Path]:
+    """The files that are there, by split; stderr names the others, an error where there is none."""
+    here = {split: path for split, path in files.items() if path.exists()}
+    if not here:
+        names = ", ".join(str(path) for path in files.values())
+        raise UserError(f"none of these files is there: {names}. They come from: {download}")
+    for split, path in files.items():
+        if split not in here:
+            sys.stderr.write(f"No {path}: its {split} part is not written.\n")
+    return here
+
+
+def add_leave_out(parser: argparse.ArgumentParser, example: str) -> None:
+    """The option --leave-out, whose files `read_left_out` reads."""
+    parser.add_argument(
+        "--leave-out",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="JSON",
+        help=f"official-form files (as {example}) whose photographs must not be trained on",
+    )
+
+
+def read_left_out(paths: Iterable[Path]) -> set[int | str]:
+    """The ids of all photographs that the files of --leave-out name."""
+    return {image_id for path in paths for image_id in read_image_ids(path)}
