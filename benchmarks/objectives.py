@@ -47,9 +47,9 @@ def main() -> int:
     parser.add_argument(
         "--epochs",
         type=float,
-        default=4,
+        default=8,
         metavar="E",
-        help="of pretraining; fine-tuning takes half as many (default: %(default)s)",
+        help="of pretraining; fine-tuning takes a quarter as many (default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/objectives"), metavar="DIR", help="(%(default)s)")
     arguments = parser.parse_args()
@@ -157,7 +157,7 @@ def measure(out: Path, encoder: str, seed: int, objectives: str, epochs: float) 
     found = retrieve(f"{here}/pretrain/latest", scenes, rerank=weights["matching"] > 0)
 
     start = ["--init-from", f"{here}/pretrain/latest", "--optimizer.lr", "1e-3"]
-    length[1] = str(epochs / 2)
+    length[1] = str(epochs / 4)
     vlm("train", FINETUNE, "--out", f"{here}/captioning", *common, *start, *length, "--resume", "auto")
     run = ["--checkpoint", f"{here}/captioning/latest", "--split", "val", "--out", f"{here}/captioning/evaluation"]
     vlm("evaluate", FINETUNE, *run, "--data.workers", "0", "--data.splits.val", f"{scenes}/val")

@@ -1,4 +1,4 @@
-"""Image-text matching: values by hand, which negatives are drawn and how often, numbers that stay finite, no waiting for the device."""
+"""Image-text matching: values by hand, which negatives are drawn and how often, numbers that stay finite, no waiting for the device, learning."""
 
 from collections.abc import Callable
 from math import exp, log
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.profiler import profile
 
 from vlm.data.batch import Batch
+from vlm.model.vision_language import ImageFeatures, TextFeatures, VisionLanguageModel
 from vlm.objectives.matching import Matching, eligibility, sample_negatives
+from vlm.objectives.objective import Features as SharedFeatures
 
 MakeBatch = Callable[..., Batch]
 Features = Callable[[Batch, Tensor, Tensor], Any]
@@ -190,3 +192,34 @@ def test_a_row_without_negatives_points_at_itself_among_the_columns_of_all_ranks
     eligible = torch.zeros(2, 6, dtype=torch.bool)
     eligible[1, 5] = True
     assert sample_negatives(torch.randn(2, 6), eligible, torch.tensor([2, 3])).tolist() == [2, 5]
+
+
+def test_a_new_model_learns_pairs_by_heart_from_hard_negatives(
+    tiny_config: Callable[..., Any], make_batch: MakeBatch
+) -> None:
+    """Of 64 images of four things each; the embeddings know which things there are, so the negatives are those that share most of them.
+
+    Guessing gives 0.6365, the entropy of one right pair in three. With BERT's 0.02 for all weights it still stands at 0.63 then.
+    """
+    torch.manual_seed(0)
+    model = VisionLanguageModel(tiny_config(text={"dim": 64, "layers": 2, "cross_attention": (0, 1)}))
+    things = torch.rand(64, 12).argsort(1)[:, :4]
+    tokens = torch.randn(12, model.image_encoder.dim)[things]
+    batch = make_batch(torch.nn.functional.pad(things + 4, (1, 1), value=2).tolist())
+    alike = nn.functional.normalize(tokens.mean(1), dim=1)
+    text = TextFeatures(batch.texts.ids, batch.texts.mask, None, alike)
+    learning = [*model.text.parameters(), *model.fusion_memory.parameters(), *model.matching_head.parameters()]  # type: ignore[union-attr]
+    optimizer, losses = torch.optim.AdamW(learning, lr=1e-3, betas=(0.9, 0.98)), []
+    for _ in range(50):
+        memory = model.memory(tokens, None, "fusion")
+        features = SharedFeatures(ImageFeatures(tokens, alike), {"plain": text}, {"fusion": memory})
+        passes = Matching().requests(model, features, batch)
+        states = [model.fuse(text.select(p.text_rows), memory.select(p.memory_rows)) for p in passes]
+        found = Matching().loss(model, states, features, batch)
+        loss = found.sum / found.count
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(learning, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) / 5 < 0.5

@@ -32,7 +32,7 @@ def test_it_learns_a_few_scenes_by_heart(
     task = Pretraining(VisionLanguageModel(config), ALL)
     encode = CaptionEncoder(scenes.tokenizer, scenes.transform, True, masking_probability=0.3)
     batch = scenes.batch(encode)
-    totals = learn(task, batch, 120)
+    totals = learn(task, batch, 150)
     assert totals[-1] < 0.2 * totals[0]
     with torch.no_grad():
         losses = task(batch)
