@@ -151,7 +151,9 @@ def test_init_from_keeps_weights_tokenizer_and_shape(
     folder = save(before, tmp_path / "checkpoint")
     ours = ModelConfig(
         image=ImageConfig(name="test_resnet", frozen=True, trainable_blocks=1, checkpointing=True, drop_path=0.1),
-        text=TextConfig(dim=768, layers=1, cross_attention=(0,), dropout=0.3, attention_dropout=0.2),
+        text=TextConfig(
+            dim=768, layers=1, cross_attention=(0,), dropout=0.3, attention_dropout=0.2, checkpointing=True
+        ),
         embed_dim=99,
     )
     after = build_parts(Config(model=ours, init_from=folder, seed=8), [shards("other", ["dogs and cats"])])
@@ -160,7 +162,8 @@ def test_init_from_keeps_weights_tokenizer_and_shape(
     saved, built = before.config.model, after.config.model
     taken = {"frozen": True, "trainable_blocks": 1, "checkpointing": True, "drop_path": 0.1, "batch_norm": None}
     assert asdict(built.image) == asdict(saved.image) | taken
-    assert asdict(built.text) == asdict(saved.text) | {"dropout": 0.3, "attention_dropout": 0.2}
+    taken = {"dropout": 0.3, "attention_dropout": 0.2, "checkpointing": True}
+    assert asdict(built.text) == asdict(saved.text) | taken
     assert replace(built, image=saved.image, text=saved.text) == saved
     assert not any(p.requires_grad for p in after.model.image_encoder.backbone.parameters())
     assert after.model.text.embeddings.dropout.p == 0.3

@@ -273,10 +273,14 @@ def test_yaml_round_trip(config: Config, write: WriteYaml) -> None:
             "data.question_prompt='question:' must contain {question}.",
         ),
         ("task: vqa\nobjectives: {momentum: 0.995}", "objectives.momentum=0.995: only task=pretraining has a teacher"),
-        ("data: {questions: true}", "data.questions needs objectives.captioning above 0 (it is 0)"),
         (
-            "data: {questions: true}\nobjectives: {captioning: 1.0}\nvqa: {form: encoder_decoder}",
-            "data.questions needs objectives.captioning above 0 (it is 1), which learns the answers, and vqa.form=prompted",
+            "data: {questions: true}",
+            "data.questions=True and objectives.answering=0, which learns from them, belong together",
+        ),
+        ("objectives: {answering: 1}", "data.questions=False and objectives.answering=1"),
+        (
+            "data: {questions: true}\nobjectives: {answering: 1}\nvqa: {form: encoder_decoder}",
+            "data.questions=True and objectives.answering=1, which learns from them, belong together, and need vqa.form=prompted",
         ),
         ("objectives: {masked_image: 1, hidden_share: 1}", "objectives.hidden_share=1.0; expected 0 (off) to below 1."),
         ("objectives: {hidden_share: 0}", "objectives.hidden_share=0.0; expected a number above 0."),

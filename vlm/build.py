@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vlm.config import Config, ModelConfig, TextConfig
+from vlm.config import CacheConfig, Config, ModelConfig, TextConfig
 from vlm.data.encoders import answers_questions as answers_questions
 from vlm.data.encoders import sample_encoder as sample_encoder
 from vlm.data.hiding import PatchHiding, patch_hiding
@@ -46,15 +46,15 @@ class Parts:
     model: VisionLanguageModel
 
 
-def load_sets(folders: Sequence[str], key: str) -> list[ShardSet]:
-    """The shards of a split.
+def load_sets(folders: Sequence[str], key: str, cache: CacheConfig | None = None) -> list[ShardSet]:
+    """The shards of a split; cache: for the remote ones.
 
     Raises:
         ConfigError: none is given. UserError: one cannot be used.
     """
     if not folders:
         raise ConfigError(f"{key} is empty; give at least one folder of shards (made by datasets/NAME/prepare.py).")
-    return [load_index(folder) for folder in folders]
+    return [load_index(folder, cache) for folder in folders]
 
 
 def build_parts(config: Config, sets: Sequence[ShardSet]) -> Parts:
@@ -99,7 +99,12 @@ def _from_checkpoint(config: Config, folder: str) -> Parts:
     merged = replace(
         saved,
         image=image,
-        text=replace(saved.text, dropout=ours.text.dropout, attention_dropout=ours.text.attention_dropout),
+        text=replace(
+            saved.text,
+            dropout=ours.text.dropout,
+            attention_dropout=ours.text.attention_dropout,
+            checkpointing=ours.text.checkpointing,
+        ),
         heads=heads,
         decoder=decoder.decoder,
         decoder_layers=decoder.decoder_layers,
@@ -141,7 +146,7 @@ def _tokenizer_and_text(config: Config, sets: Sequence[ShardSet]) -> tuple[Token
             raise ConfigError(
                 f"model.text.layers={text.layers}, but {config.text_weights} has {fields['layers']}; use at most that many."
             )
-        kept_here = {"layers", "cross_attention", "dropout", "attention_dropout"}
+        kept_here = {"layers", "cross_attention", "dropout", "attention_dropout", "checkpointing"}
         text = replace(text, **{k: v for k, v in fields.items() if k not in kept_here and k != "max_positions"})
         text = replace(text, max_positions=min(text.max_positions, fields["max_positions"]))
     source = settings.source or config.text_weights
@@ -163,7 +168,7 @@ def _tokenizer_and_text(config: Config, sets: Sequence[ShardSet]) -> tuple[Token
 
 def _all_text(config: Config, sets: Sequence[ShardSet]) -> list[str]:
     """The training shards' distinct texts and those of later tasks, cleaned as the model will see them."""
-    more = [load_index(folder) for folder in config.tokenizer.trim_to]
+    more = [load_index(folder, config.data.cache) for folder in config.tokenizer.trim_to]
     return sorted({clean_caption(text) for text in texts([*sets, *more])})
 
 
@@ -197,6 +202,7 @@ def training_loader(config: Config, parts: Parts, sets: Sequence[ShardSet], rank
         rank=ranks.rank,
         world=ranks.world,
         max_bad_fraction=data.max_bad_fraction,
+        mixture=data.mixture,
     )
 
 
@@ -252,7 +258,8 @@ def build_task(config: Config, parts: Parts, answers: Sequence[str] = (), sets: 
     Raises:
         ConfigError: its parts do not fit together.
     """
-    pretrained = config.objectives.captioning > 0 or config.objectives.self_critical > 0
+    objectives = config.objectives
+    pretrained = max(objectives.captioning, objectives.answering, objectives.self_critical) > 0
     captions = config.task == "captioning" or (config.task == "pretraining" and pretrained)
     if captions and parts.model.decoder is not None and parts.model.config.decoder_reads == "question":
         raise ConfigError(

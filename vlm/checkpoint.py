@@ -1,6 +1,9 @@
 """A run's checkpoint folder: the model's files, what it was trained on, and, for `latest`, the state to go on from."""
 
 import json
+import os
+import re
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,7 +47,7 @@ def write_checkpoint(
     answers: list[str] | None = None,
     state: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes everything beside `folder` and moves it there whole.
+    """Writes everything beside `folder` and moves it there whole; with a training state, it also stays as one of the last train.keep states.
 
     Raises:
         UserError: the disk is full or not writable; what was there stays.
@@ -58,7 +61,34 @@ def write_checkpoint(
             (new / ANSWERS).write_text(json.dumps(answers, indent=0) + "\n")
         if state is not None:
             save_state(new, state)
+    if state is not None and config.train.keep:
+        _keep(folder, state["step"], config.train.keep)
     return folder
+
+
+def _keep(folder: Path, step: int, count: int) -> None:
+    """`folder` beside itself as step-N too, with the same files on the disk; the oldest go once there are more than `count` up to this step.
+
+    Later ones, of a run that went on from an earlier state, stay until it has come so far again.
+    """
+    with replacing_folder(folder.with_name(f"step-{step:08d}")) as new:
+        shutil.copytree(folder, new, copy_function=_link, dirs_exist_ok=True)
+    known = sorted(
+        (int(found[1]), path) for path in folder.parent.iterdir() if (found := re.fullmatch(r"step-(\d+)", path.name))
+    )
+    for _, path in [item for item in known if item[0] <= step][:-count]:
+        path.rename(path.with_name(f".{path.name}.removed"))  # never a part of one under its name
+    for left in (".step-*.removed", ".step-*.new"):  # by this one, or by one that was killed
+        for path in folder.parent.glob(left):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a file, as nothing here is changed in place; a copy where the file system has no such names."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def read_trained_on(folder: Path) -> Tensor | None:

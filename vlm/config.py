@@ -1,12 +1,15 @@
 """Every setting of the library, typed: one frozen dataclass for each room, `Config` for a whole run.
 
-This module and `config_objectives`, a part of it, import the standard library only, so that every room may import its own settings. Reading
-YAML, checking types and command-line overrides live in `vlm/settings.py`.
+This module and its parts, `config_data` and `config_objectives`, import the standard library only, so that every room may import its own
+settings. Reading YAML, checking types and command-line overrides live in `vlm/settings.py`.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from vlm.config_data import CacheConfig as CacheConfig
+from vlm.config_data import DataConfig as DataConfig
+from vlm.config_data import SplitsConfig as SplitsConfig
 from vlm.config_objectives import ObjectivesConfig as ObjectivesConfig
 
 Head = Literal["contrastive", "matching", "masked_language", "language"]
@@ -79,6 +82,8 @@ class TextConfig:
     """The padding token."""
     activation: str = "gelu"
     """Activation of the feed-forward part (exact GELU)."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass, of a separate decoder too: less memory, more time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,58 +136,6 @@ class TokenizerConfig:
     """With trim: in how many places a token must occur; rarer words are spelt in pieces."""
     trim_to: tuple[str, ...] = ()
     """More shard folders whose text counts when trimming or training the vocabulary (later tasks of the same model)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SplitsConfig:
-    """Shard folders of each split; several folders are joined."""
-
-    train: tuple[str, ...] = ()
-    """Folders (or brace patterns) with training shards."""
-    val: tuple[str, ...] = ()
-    """Folders for evaluation while training; selects the best checkpoint."""
-    test: tuple[str, ...] = ()
-    """Folders for the final evaluation only."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What is read and how it is prepared."""
-
-    splits: SplitsConfig = field(default_factory=SplitsConfig)
-    """Shard folders by split."""
-    batch_size: int = 64
-    """Images in one optimizer step, over all ranks and accumulated micro-batches."""
-    streams: int = 64
-    """Number of streams that the epoch's order is cut into; divisible by the number of ranks."""
-    shuffle_block: int = 1000
-    """Records permuted together inside a stream."""
-    workers: int = 2
-    """Loader processes a rank; 0 loads in the training process."""
-    max_bad_fraction: float = 0.1
-    """Stop when more than this share of samples is unusable."""
-    max_tokens: int = 32
-    """Longest caption or question in tokens, [CLS] and [SEP] included."""
-    max_answer_tokens: int = 8
-    """Longest answer in tokens."""
-    prompt: str = ""
-    """Leading words of each caption, not predicted (BLIP: 'a picture of ')."""
-    question_prompt: str = "question: {question} answer:"
-    """How a question becomes a prompt in the VQA form `prompted`."""
-    crop_scale: tuple[float, float] = (0.5, 1.0)
-    """Area range of RandomResizedCrop."""
-    flip: bool = True
-    """Flip left-right at random, except where a text of the record says left or right."""
-    randaugment: tuple[int, int] | None = (2, 5)
-    """RandAugment: operations and magnitude, without colour reversal; null turns it off."""
-    texts_per_image: Literal["one", "all"] = "one"
-    """Captions or questions of an image that a training step takes: one drawn at random, or all, which share the image's encoding."""
-    questions: bool = False
-    """Pretraining also on the records' questions, in the VQA form `prompted`: one model then makes captions and answers."""
-    allow_overlap: bool = False
-    """Allow evaluation images that are also training images."""
-    blank_images: bool = False
-    """Replace every image by grey: the question-only (or caption-without-image) baseline."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +192,8 @@ class TrainConfig:
     epochs: float = 10
     """Passes over the training data; fractions allowed."""
     accumulate: int = 1
-    """Micro-batches an optimizer step."""
+    """Micro-batches an optimizer step: as many times less memory. The contrastive loss still compares the whole batch, with its exact gradients, for
+    which images and texts are encoded twice; hard negatives come from the micro-batch."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """fp32, or bf16 autocast, on the CPU and on a GPU."""
     averaging: float = 0.0
@@ -252,6 +206,10 @@ class TrainConfig:
     """Images used in evaluations while training."""
     save_every: int = 500
     """Steps between saves of the full state; it is also saved at each evaluation and on request."""
+    keep: int = 0
+    """So many of the last states that were saved stay beside `latest`, as step-N; `cp -r` one to `latest` to go on from there."""
+    max_skipped: int = 10
+    """Stop after so many steps in a row whose loss or gradient was not finite; such steps are skipped, and their images named in log.jsonl."""
     deterministic: bool = False
     """Deterministic algorithms only."""
 

@@ -19,7 +19,10 @@ class ObjectivesConfig:
     word_patch: float = 0.0
     """Word-patch alignment by optimal transport (ViLT: 0.1)."""
     captioning: float = 0.0
-    """Causal captioning."""
+    """Causal captioning: the mean over the captions' tokens."""
+    answering: float = 0.0
+    """With data.questions: causal answers after their questions, the mean over questions, beside `captioning` and apart from it: a question has
+    some two tokens of answer, an image some fifty of captions."""
     self_critical: float = 0.0
     """Captions drawn from the model, rewarded by CIDEr-D against their image's references; for the end of training. In the task captioning
     it takes the place of the cross-entropy, to which `captioning` then gives a weight."""
@@ -53,5 +56,3 @@ class ObjectivesConfig:
     """Side in pixels of the squares hidden for masked_image: one or several patches."""
     label_smoothing: float = 0.1
     """Label smoothing of captioning and answers (PyTorch's definition)."""
-    answer_weight: float = 1.0
-    """With data.questions: weight of an answer's token in `captioning` beside a caption's, of which there are far more."""

@@ -5,6 +5,7 @@ import json
 import platform
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -81,8 +82,8 @@ def _train(config: Config, ranks: Ranks, resume: bool) -> dict[str, Any]:
         raise ConfigError(
             f"out={out} holds a run already; add --resume auto to go on with it, choose another --out, or remove it."
         )
-    sets = load_sets(config.data.splits.train, "data.splits.train")
-    held_out = [load_sets([folder], "data.splits.val")[0] for folder in config.data.splits.val]
+    sets = load_sets(config.data.splits.train, "data.splits.train", config.data.cache)
+    held_out = [load_sets([folder], "data.splits.val", config.data.cache)[0] for folder in config.data.splits.val]
     parts = build_parts(config, sets)
     check_lengths(parts.config)
     trained_on = training_images(sets, config.init_from)
@@ -151,8 +152,12 @@ def evaluate_loader(
             bar.update()
     records = ranks.gather(records)
     scores = task.evaluate(records)
-    if left_out := sum(ranks.gather([loader.bad.total()])):
-        scores["left_out"] = float(left_out)
+    left_out: Counter[str] = Counter()
+    for part in ranks.gather([dict(loader.bad)]):
+        left_out.update(part)
+    if left_out:
+        scores["left_out"] = float(left_out.total())
+        scores |= {f"left_out/{cause}": float(count) for cause, count in sorted(left_out.items())}
     if ranks.main:
         say(f"{title}: " + ", ".join(f"{name} {number(value)}" for name, value in scores.items()))
     return scores, records
@@ -165,7 +170,7 @@ def evaluate(config: Config, checkpoint: Path, split: str, out: Path) -> dict[st
         UserError: the split is empty or was trained on, a file is missing.
     """
     folders = getattr(config.data.splits, split)
-    held_out = load_sets(folders, f"data.splits.{split}")
+    held_out = load_sets(folders, f"data.splits.{split}", config.data.cache)
     ranks = _start()
     try:
         checkpoint = local_folder(checkpoint)
@@ -213,7 +218,7 @@ def _counting_baselines(config: Config, records: Sequence[Record], name: str) ->
     from vlm.metrics.vqa import accuracy
 
     try:
-        sets = load_sets(config.data.splits.train, "data.splits.train")
+        sets = load_sets(config.data.splits.train, "data.splits.train", config.data.cache)
     except UserError as error:  # a model may be scored where its training data are not
         say(f"no baselines by counting training answers: {error}")
         return {}
@@ -286,8 +291,8 @@ def dry_run(config: Config) -> None:
 
 
 def _dry_run(config: Config, ranks: Ranks) -> None:
-    sets = load_sets(config.data.splits.train, "data.splits.train")
-    held_out = [load_sets([folder], "data.splits.val")[0] for folder in config.data.splits.val]
+    sets = load_sets(config.data.splits.train, "data.splits.train", config.data.cache)
+    held_out = [load_sets([folder], "data.splits.val", config.data.cache)[0] for folder in config.data.splits.val]
     parts = build_parts(config, sets)
     check_lengths(parts.config)
     trained_on = training_images(sets, config.init_from)

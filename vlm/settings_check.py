@@ -3,12 +3,12 @@
 import math
 from typing import Any
 
-from vlm.config import Config
+from vlm.config import Config, DataConfig
 from vlm.errors import ConfigError
 
 ABOVE_0 = (
     *("data.batch_size", "data.streams", "data.shuffle_block", "data.max_answer_tokens", "tokenizer.vocab_size"),
-    "tokenizer.min_count",
+    *("tokenizer.min_count", "data.cache.gigabytes", "data.cache.timeout"),
     *("model.embed_dim", "model.temperature", "model.decoder_layers"),
     *(
         "model.text.dim",
@@ -20,11 +20,13 @@ ABOVE_0 = (
     *("objectives.hidden_unit", "objectives.hidden_share", "objectives.sample_temperature"),
     *("optimizer.lr", "optimizer.step_factor"),
     *("train.epochs", "train.accumulate", "train.log_every", "train.evaluate_images", "train.save_every"),
+    "train.max_skipped",
     *("generation.beams", "generation.max_length", "generation.repetition_penalty"),
 )
 FROM_0 = (
+    "data.cache.retries",
     *("data.workers", "optimizer.weight_decay", "optimizer.warmup_steps", "optimizer.min_lr_factor", "optimizer.clip"),
-    *("train.evaluate_every", "generation.min_length", "generation.no_repeat_ngram"),
+    *("train.evaluate_every", "train.keep", "generation.min_length", "generation.no_repeat_ngram"),
     *(
         "objectives.contrastive",
         "objectives.matching",
@@ -32,7 +34,7 @@ FROM_0 = (
         "objectives.masked_image",
         "objectives.word_patch",
         "objectives.captioning",
-        "objectives.answer_weight",
+        "objectives.answering",
         "objectives.self_critical",
     ),
     *("objectives.queue", "objectives.alpha_ramp", "retrieval.rerank"),
@@ -76,10 +78,10 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"objectives.momentum={config.objectives.momentum:g}: only task=pretraining has a teacher; set it to 0."
         )
-    if data.questions and (config.objectives.captioning == 0 or config.vqa.form != "prompted"):
+    if data.questions != (config.objectives.answering > 0) or (data.questions and config.vqa.form != "prompted"):
         raise ConfigError(
-            f"data.questions needs objectives.captioning above 0 (it is {config.objectives.captioning:g}), which learns the answers, "
-            f"and vqa.form=prompted (it is {config.vqa.form})."
+            f"data.questions={data.questions} and objectives.answering={config.objectives.answering:g}, which learns from them, belong together, "
+            f"and need vqa.form=prompted (it is {config.vqa.form})."
         )
     if config.objectives.masked_image and data.blank_images:
         raise ConfigError(
@@ -87,10 +89,24 @@ def check(config: Config) -> None:
             "turn one of them off."
         )
     _check_teacher(config)
+    _check_mixture(config.data)
     if (config.task == "vqa" or data.questions) and "{question}" not in data.question_prompt:
         raise ConfigError(f"data.question_prompt={data.question_prompt!r} must contain {{question}}.")
     if config.init_from is None:  # else the model is the checkpoint's, and the caller checks once more
         check_lengths(config)
+
+
+def _check_mixture(data: DataConfig) -> None:
+    folders, weights = data.splits.train, data.mixture
+    if weights and len(weights) != len(folders):
+        raise ConfigError(
+            f"data.mixture={list(weights)} has {len(weights)} weights, data.splits.train {len(folders)} folders; give one weight for each folder, "
+            "or data.mixture=[] to read each once an epoch."
+        )
+    if not all(0 < weight < math.inf for weight in weights):
+        raise ConfigError(
+            f"data.mixture={list(weights)}; expected passes an epoch above 0, e.g. 2 or 0.5; leave out of data.splits.train what is not to be read."
+        )
 
 
 def _check_teacher(config: Config) -> None:

@@ -343,9 +343,10 @@ def test_width_brings_the_feature_map_to_another_width_and_is_trained_beside_a_f
     torch.testing.assert_close(tokens, expected)
     assert encoder.dim == encoder.pool(tokens).shape[1] == 24
     tokens.square().sum().backward()
-    assert linear.weight.grad is not None and norm.weight.grad is not None
+    assert linear.weight.grad is not None
+    assert norm.weight.grad is not None
 
 
 def test_width_is_refused_where_there_is_no_feature_map() -> None:
-    with pytest.raises(ConfigError, match="image.width=24.*test_vit"):
+    with pytest.raises(ConfigError, match=r"image\.width=24.*test_vit"):
         ImageEncoder(ImageConfig(name="test_vit", width=24))

@@ -1,6 +1,7 @@
 """Captioning: values by hand, what is predicted, PyTorch's label smoothing, weights."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import exp, log
 from typing import Any
 
@@ -10,7 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlm.data.batch import Batch
+from vlm.model.attention import CrossMemory
+from vlm.model.vision_language import ImageFeatures
 from vlm.objectives.captioning import Captioning, predicted
+from vlm.objectives.objective import Features
 
 MakeBatch = Callable[..., Batch]
 
@@ -93,6 +97,44 @@ def test_it_decodes_every_text_with_its_own_image(heads: Any, make_batch: MakeBa
     assert request.causal
     assert request.text_rows.tolist() == [0, 1, 2]
     assert request.memory_rows.tolist() == [0, 1, 1]
+
+
+def test_captions_and_answers_are_learned_apart(heads: Any, make_batch: MakeBatch) -> None:
+    ids = [[2, 5, 3, 0], [2, 6, 7, 3], [2, 8, 3, 0]]
+    mixed = make_batch(
+        ids, image=[1, 0, 1], lengths=[3, 4, 3], prompt=[1, 2, 1], weight=[1, 0.5, 1], describes=[True, False, True]
+    )
+    mixed = replace(mixed, captions=torch.tensor([0, 2]), questions=torch.tensor([1]))
+    states = torch.randn(3, 4, 9, dtype=torch.float64)
+    for of, rows in (("captions", [0, 2]), ("answers", [1])):
+        objective = Captioning(0.1, per="texts", of=of)  # type: ignore[arg-type]
+        (request,) = objective.requests(heads, None, mixed)  # type: ignore[arg-type]
+        assert request.text_rows.tolist() == rows
+        assert request.memory_rows.tolist() == mixed.texts.image[rows].tolist()
+        loss = objective.loss(heads, [states[rows]], None, mixed)  # type: ignore[arg-type]
+        texts = mixed.texts
+        alone = make_batch(
+            [ids[row] for row in rows],
+            lengths=texts.mask[rows].sum(1).tolist(),
+            prompt=texts.prompt[rows].tolist(),
+            weight=texts.weight[rows].tolist(),
+        )
+        expected = Captioning(0.1, per="texts").loss(heads, [states[rows]], None, alone)  # type: ignore[arg-type]
+        assert loss.sum == expected.sum
+        assert loss.count == objective.count(mixed) == expected.count
+
+
+def test_a_batch_without_questions_asks_for_no_answers(heads: Any, make_batch: MakeBatch) -> None:
+    batch, answering = make_batch([[2, 5, 3]]), Captioning(of="answers")
+    keys = torch.ones(1, requires_grad=True)
+    features = Features(ImageFeatures(keys), {}, {"decoder": CrossMemory([keys], [keys])})
+    assert answering.requests(heads, features, batch) == []
+    loss = answering.loss(heads, [], features, batch)
+    loss.sum.backward()
+    assert loss.sum == loss.count == answering.count(batch) == 0
+    assert keys.grad == 0
+    (request,) = Captioning(of="captions").requests(heads, features, batch)
+    assert request.text_rows.tolist() == [0]
 
 
 def test_logits_in_half_precision_are_summed_in_fp32(heads: Any, make_batch: MakeBatch) -> None:

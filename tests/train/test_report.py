@@ -126,6 +126,9 @@ def test_rates_waiting_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clock.interval() == pytest.approx({"samples_per_second": 4.0, "data_wait": 0.0, "eta_seconds": 82 * 14 / 6})
 
 
+YES = torch.tensor(True)
+
+
 def test_the_meter_divides_sums_by_counts_and_begins_anew() -> None:
     meter, alone = Meter({"a": 1.0, "b": 0.5}), Ranks(0, 1, torch.device("cpu"))
 
@@ -137,7 +140,10 @@ def test_the_meter_divides_sums_by_counts_and_begins_anew() -> None:
         batch.filled.clear()
         batch.filled.update(causes)
         meter.add({"a": loss(6.0, 2.0), "b": loss(2.0, 4.0)}, batch)
+    meter.settle(YES, torch.tensor(2.0))
     meter.add({"a": loss(0.0, 6.0), "b": loss(0.0, 0.0)}, Batch.fake())
+    assert meter.finite()
+    meter.settle(YES, torch.tensor(5.0))
     assert meter.take(alone) == pytest.approx(
         {
             "a/loss": 12 / 10,
@@ -145,11 +151,25 @@ def test_the_meter_divides_sums_by_counts_and_begins_anew() -> None:
             "loss": 12 / 10 + 0.5 * 4 / 8,
             "a/accuracy": 0.5,
             "b/accuracy": 0.5,
+            "gradient_norm": 3.5,
             "filled": 6,
             "filled/no text": 3,
             "filled/not an image": 3,
         }
     )
     meter.add({"a": loss(1.0, 1.0), "b": loss(0.0, 0.0)}, Batch.fake())
+    meter.settle(YES, torch.tensor(1.0))
     values = meter.take(alone)
     assert (values["a/loss"], values["b/loss"], values["filled"]) == (1.0, 0.0, 0)
+    # a skipped step does not count, and where all were skipped there is nothing to tell
+    for total, norm in ((float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan"))):
+        meter.add({"a": loss(1.0, 2.0), "b": loss(total, 1.0)}, Batch.fake())
+        assert bool(meter.finite()) == (total == 1.0)
+        meter.settle(~YES, torch.tensor(norm))
+    state = meter.state()
+    assert meter.take(alone) == {}
+    meter.load_state(state, torch.device("cpu"))
+    meter.add({"a": loss(1.0, 2.0), "b": loss(0.0, 0.0)}, Batch.fake())
+    meter.settle(YES, torch.tensor(4.0))
+    values = meter.take(alone)
+    assert (values["a/loss"], values["b/loss"], values["gradient_norm"]) == (0.5, 0.0, 4.0)

@@ -80,7 +80,8 @@ class Batch(_Tensors):
     images: (B, 3, H, W), uint8 (0..255) or already normalised float. keys: B record names. image_ids: (B,) int64, equal for equal images.
     sources: for each text the record that it came from (caption, or question with its id and answers): what evaluation and logs need.
     filled: how many slots hold the preceding good sample because their own was bad, by cause. hidden: (B, K) int64, the patches of each image that
-    are hidden for masked image modelling, by number (row by row), ascending.
+    are hidden for masked image modelling, by number (row by row), ascending. captions, questions: (C,), (Q,) int64, the rows of the texts that
+    describe their image, and of those that ask; both None where no text asks. The loader counts them, so that no step waits for the device.
     """
 
     images: Tensor
@@ -92,6 +93,8 @@ class Batch(_Tensors):
     sources: list[dict[str, Any]] = field(default_factory=list)
     filled: dict[str, int] = field(default_factory=dict)
     hidden: Tensor | None = None
+    captions: Tensor | None = None
+    questions: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)

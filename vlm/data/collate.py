@@ -77,6 +77,7 @@ def collate(
     rows = [row for row, sample in enumerate(samples) for _ in sample.texts]
     ids, mask = pad([t.ids for t in texts], pad_id)
     images = [sample.image for sample in samples]
+    captions, questions = ([row for row, text in enumerate(texts) if text.describes == kind] for kind in (True, False))
     hidden = [sample.hidden for sample in samples if sample.hidden is not None]
     joined = torch.empty((len(images), *images[0].shape), dtype=images[0].dtype, pin_memory=pin)
     batch = Batch(
@@ -96,6 +97,8 @@ def collate(
         sources=[t.source for t in texts],
         filled=dict(filled or {}),
         hidden=torch.stack(hidden) if hidden else None,
+        captions=torch.tensor(captions, dtype=torch.long) if questions else None,
+        questions=torch.tensor(questions, dtype=torch.long) if questions else None,
     )
     return batch.pin() if pin else batch
 

@@ -50,7 +50,7 @@ def sample_encoder(
         seed=config.seed,
     )
     if training and answers_questions(config):
-        return JointEncoder(caption, question, config.objectives.answer_weight)
+        return JointEncoder(caption, question)
     return caption
 
 

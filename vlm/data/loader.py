@@ -25,8 +25,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vlm.data.batch import Batch
 from vlm.data.collate import SampleEncoder, collate
-from vlm.data.order import EpochOrder, batch_places, check_split
+from vlm.data.index import room_wanted
+from vlm.data.order import EpochOrder, batch_places, check_split, epoch_samples, worker_places
 from vlm.data.reading import SampleSource, Slot
+from vlm.data.remote import limit
 from vlm.data.shards import ShardSet
 from vlm.errors import UserError
 from vlm.memory import release_freed_memory
@@ -41,6 +43,7 @@ class Loader:
     sets: what to read. encode: makes samples of records. batch_size: samples of a global batch, over all ranks. streams, shuffle_block: see order.py.
     workers: processes that read (0: this one). rank, world: which part of every global batch this process takes. training: shuffle, drop the last
     partial batch, fill bad slots; otherwise (evaluation) the order of the files, every record exactly once over the ranks.
+    mixture: passes over each set in an epoch (order.py); empty: each record once.
 
     `bad` counts the bad samples of the present epoch by cause, on this rank. Raises ConfigError where ranks cannot take equal parts, UserError for
     a set that is too small.
@@ -59,13 +62,14 @@ class Loader:
         world: int = 1,
         training: bool = True,
         max_bad_fraction: float = 0.1,
+        mixture: Sequence[float] = (),
     ) -> None:
         self.sets, self.encode, self.batch_size, self.seed = tuple(sets), encode, batch_size, seed
         self.shuffle_block, self.workers, self.rank, self.world = shuffle_block, workers, rank, world
-        self.training, self.max_bad_fraction = training, max_bad_fraction
+        self.training, self.max_bad_fraction, self.mixture = training, max_bad_fraction, tuple(mixture)
         # an evaluation's order does not depend on streams: as many as there are readers
         self.streams = streams if training else world * max(workers, 1)
-        self.samples = sum(s.samples for s in self.sets)
+        self.samples = sum(epoch_samples(self.sets, self.mixture))
         self.bad: Counter[str] = Counter()
         self._examples: dict[str, str] = {}
         check_split(self.streams, batch_size, world if training else 1)
@@ -73,8 +77,14 @@ class Loader:
         if self.samples == 0 or self.steps == 0:
             need = f"batch_size={batch_size}; use a smaller batch" if self.samples else "at least one"
             raise UserError(f"{names or 'no set of shards'}: {self.samples} samples, expected {need}.")
-        if remote := [s.root for s in self.sets if "://" in s.root or s.root.startswith("pipe:")]:
-            raise UserError(f"{remote[0]}: remote shards cannot be read yet; copy them to a local folder.")
+        here = streams * int(os.environ.get("LOCAL_WORLD_SIZE", world)) // world  # torchrun's, of this machine
+        wanted, cache = room_wanted(self.sets, here, shuffle_block), self.sets[0].cache
+        if training and rank == 0 and wanted > limit(cache):
+            log.warning(
+                "data.cache.gigabytes=%g, but the streams of this machine read shards of about %.3g GB at one time, which will be fetched again and "
+                "again; raise it, or lower data.streams or data.shuffle_block",
+                *(cache.gigabytes, wanted / 1e9),
+            )
 
     @property
     def steps(self) -> int:
@@ -91,7 +101,7 @@ class Loader:
         if not 0 <= start_step <= self.steps:
             raise ValueError(f"start_step={start_step}; expected 0..{self.steps}, the steps of an epoch.")
         self.bad, self._examples = Counter(), {}
-        order = EpochOrder(self.sets, self.seed, epoch, self.streams, self.shuffle_block, self.training)
+        order = EpochOrder(self.sets, self.seed, epoch, self.streams, self.shuffle_block, self.training, self.mixture)
         work = _Steps(order, self.encode, self.batch_size, self.rank, self.world, self.training, start_step, self.steps)
         pin = torch.cuda.is_available()
         seen = 0
@@ -179,8 +189,7 @@ class _Steps(IterableDataset[Any]):
         try:
             for step in range(self.start, self.stop):
                 places = batch_places(step, self.batch_size, self.order.samples, self.rank, self.world)
-                # the rank's j-th stream belongs to worker j % workers
-                mine = [p for p in places if p % self.order.streams // self.world % workers == worker]
+                mine = worker_places(places, self.order.streams, worker, workers, self.world)
                 slots = [source.slot(p) for p in mine]
                 yield _pack(slots) if info else slots
         except UserError as error:

@@ -49,9 +49,8 @@ class SampleSource:
         return Slot(place, sample)
 
     def _sample(self, place: Place) -> EncodedSample:
-        path = f"{place.shards.root}/{place.shard.name}"  # not a Path: this is done for every record
-        record = self.reader.read(path, place.shards.source, place.number)
-        sample = self.encode(record, self.order.epoch)
+        record = self.reader.read(place.shards.locate(place.shard), place.shards.source, place.number)
+        sample = self.encode(record, place.turn)  # a second pass in one epoch draws anew
         if not sample.texts:
             raise BadRecord("no text", f"{record.source}/{record.key} has no text of the kind that is asked for.")
         return sample

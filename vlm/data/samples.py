@@ -165,8 +165,6 @@ class JointEncoder:
 
     caption: CaptionEncoder
     question: QuestionEncoder
-    answer_weight: float = 1.0
-    """Weight of an answer's token beside a caption's: there are far fewer of them."""
 
     @property
     def pad_id(self) -> int:
@@ -177,9 +175,9 @@ class JointEncoder:
         """Raises BadRecord with neither, BadImage without an image."""
         texts: list[EncodedText] = []
         failure: BadRecord | None = None
-        for encoder, weight in ((self.caption, 1.0), (self.question, self.answer_weight)):
+        for encoder in (self.caption, self.question):
             try:
-                texts += [replace(text, weight=weight * text.weight) for text in encoder.texts(record, epoch)]
+                texts += encoder.texts(record, epoch)
             except BadRecord as error:
                 failure = error
         if not texts and failure is not None:

@@ -52,15 +52,28 @@ class ShardWriter:
         # a fixed name, so that what a killed run left is cleared by the next one
         self._temporary = self.folder.with_name(f".{self.folder.name}.writing")
 
-    def __enter__(self) -> Self:
+    def check(self) -> None:
+        """Raises UserError where the folder holds tar files of others: for long work that wants to know before it begins."""
         tars = sorted(p.name for p in self.folder.glob("*.tar"))
         if tars and not (self.folder / REPLACING).exists() and not _is_ours(self.folder, tars):
             raise UserError(
                 f"{self.folder} holds tar files that ShardWriter did not write ({len(tars)}, first {tars[0]}); choose another folder."
             )
+
+    def __enter__(self) -> Self:
+        self.check()
         shutil.rmtree(self._temporary, ignore_errors=True)
         self._temporary.mkdir(parents=True)
         return self
+
+    def free_key(self, key: str) -> str:
+        """`key` as `write` takes it: "_" for what it cannot hold, and a number behind it where another record has it."""
+        key = key.replace(".", "_").replace("/", "_") or "_"
+        free, number = key, 1
+        while free in self._keys:
+            number += 1
+            free = f"{key}_{number}"
+        return free
 
     def write(
         self,

@@ -103,7 +103,7 @@ class Layer(nn.Module):
 class TextTransformer(nn.Module):
     """Embeddings and a stack of layers.
 
-    checkpointing: recompute each layer's activations in the backward pass: less memory, more time.
+    checkpointing: the settings' at first; recompute each layer's activations in the backward pass, with the same dropout.
     """
 
     def __init__(self, config: TextConfig) -> None:
@@ -114,7 +114,7 @@ class TextTransformer(nn.Module):
                 f"cross_attention names layers {wrong}, but there are only 0 to {config.layers - 1}; leave them out."
             )
         self.config = config
-        self.checkpointing = False
+        self.checkpointing = config.checkpointing
         self.slots = {layer: slot for slot, layer in enumerate(sorted(config.cross_attention))}
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config, i in self.slots) for i in range(config.layers))

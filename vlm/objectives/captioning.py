@@ -15,35 +15,53 @@ from vlm.objectives.objective import Features, Loss, Pass, exact
 class Captioning:
     """Predicts each token behind the prompt from those before it.
 
-    label_smoothing: PyTorch's definition. per: tokens (the mean over all predicted tokens, BLIP's pretraining and captioning) or texts (each text's
-    sum, over the sum of the weights: VQA, where the weights of a question's answers sum to 1).
+    of: captions or answers (what follows the questions) where a batch has both, or all its texts. label_smoothing: PyTorch's definition.
+    per: tokens (the mean over all predicted tokens, BLIP's pretraining and captioning) or texts (each text's sum, over the sum of the weights:
+    VQA, where the weights of a question's answers sum to 1).
     """
 
     scope: Literal["pair", "micro"] = "micro"
 
-    def __init__(self, label_smoothing: float = 0.1, per: Literal["tokens", "texts"] = "tokens") -> None:
+    def __init__(
+        self,
+        label_smoothing: float = 0.1,
+        per: Literal["tokens", "texts"] = "tokens",
+        of: Literal["captions", "answers", "all"] = "all",
+    ) -> None:
         self.label_smoothing = label_smoothing
         self.per = per
+        self.of = of
 
     def count(self, batch: Batch) -> Tensor:
         """Weighted tokens, or weighted texts."""
-        texts = batch.texts
+        texts, rows = batch.texts, self._rows(batch)
+        weight = texts.weight[rows]
         if self.per == "texts":
-            return texts.weight.sum()
-        return (predicted(texts.mask, texts.prompt) * texts.weight[:, None]).sum()
+            return weight.sum()
+        return (predicted(texts.mask[rows], texts.prompt[rows]) * weight[:, None]).sum()
 
     def requests(self, model: VisionLanguageModel, features: Features, batch: Batch) -> Sequence[Pass]:  # noqa: ARG002
-        """Every text with its own image, causal."""
-        rows = torch.arange(len(batch.texts.ids), device=batch.texts.ids.device)
-        return [Pass(rows, batch.texts.image, causal=True)]
+        """Every such text with its own image, causal; none where there is no such text."""
+        rows = self._rows(batch)
+        return [Pass(rows, batch.texts.image[rows], causal=True)] if len(rows) else []
 
-    def loss(self, model: VisionLanguageModel, outputs: Sequence[Tensor], features: Features, batch: Batch) -> Loss:  # noqa: ARG002
+    def loss(self, model: VisionLanguageModel, outputs: Sequence[Tensor], features: Features, batch: Batch) -> Loss:
         """Weighted cross-entropy, summed."""
-        texts = batch.texts
-        total, right, tokens = sequence_loss(
-            model, outputs[0], texts.ids, texts.mask, texts.prompt, texts.weight, self.label_smoothing
-        )
+        texts, rows = batch.texts, self._rows(batch)
+        if len(rows) == 0:
+            zero = features.memory["decoder"].keys[0].sum() * 0.0
+            return Loss(zero, self.count(batch), {"accuracy": (zero.detach(), zero.detach())})
+        given = (texts.ids[rows], texts.mask[rows], texts.prompt[rows], texts.weight[rows])
+        total, right, tokens = sequence_loss(model, outputs[0], *given, self.label_smoothing)
         return Loss(total, self.count(batch), {"accuracy": (right, tokens)})
+
+    def _rows(self, batch: Batch) -> Tensor:
+        """(R,) rows of the texts that are learned."""
+        device = batch.texts.ids.device
+        if self.of == "all" or (self.of == "captions" and batch.captions is None):
+            return torch.arange(len(batch.texts.ids), device=device)
+        rows = batch.captions if self.of == "captions" else batch.questions
+        return torch.empty(0, dtype=torch.long, device=device) if rows is None else rows
 
 
 def predicted(mask: Tensor, prompt: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from vlm.data.batch import Batch
 from vlm.model.vision_language import VisionLanguageModel
-from vlm.objectives.objective import Features, Loss, Pass
-from vlm.objectives.pairs import comparable, pairs
+from vlm.objectives.objective import Features, Loss, Pass, Taught
+from vlm.objectives.pairs import Pairs, comparable, pairs
 
 
 class Contrastive:
@@ -32,9 +32,14 @@ class Contrastive:
         return ()
 
     def loss(self, model: VisionLanguageModel, outputs: Sequence[Tensor], features: Features, batch: Batch) -> Loss:  # noqa: ARG002
+        """Of the batch's pairs."""
+        return self.compare(
+            model, pairs(features.image.embedding, features.texts["plain"].embedding, batch), features.teacher
+        )
+
+    def compare(self, model: VisionLanguageModel, own: Pairs, taught: Taught | None) -> Loss:
         """Rows of this rank against the columns of all ranks or of the teacher, in fp32 (or better)."""
-        own = pairs(features.image.embedding, features.texts["plain"].embedding, batch)
-        taught, temperature = features.teacher, model.temperature
+        temperature = model.temperature
         blocks = [own.gathered()] if taught is None else taught.keys
         ids, valid = torch.cat([block.ids for block in blocks]), torch.cat([block.valid for block in blocks])
         images, texts = [block.image for block in blocks], [block.text for block in blocks]

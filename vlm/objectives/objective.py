@@ -23,7 +23,8 @@ class Taught:
     """What a momentum teacher says of a batch, without gradient.
 
     alpha: (), the present weight of its soft targets. pairs: its embeddings of this rank's pairs. keys: the columns that they and the model's are
-    compared with, in blocks. words: (M, V) its logits of the hidden tokens. pairs is None, keys empty, words None where not wanted.
+    compared with, in blocks: the batch's, then the queue's. words: (M, V) its logits of the hidden tokens. pairs is None, keys empty, words None
+    where not wanted.
     """
 
     alpha: Tensor
@@ -84,6 +85,14 @@ class Objective(Protocol):
 
     def loss(self, model: VisionLanguageModel, outputs: Sequence[Tensor], features: Features, batch: Batch) -> Loss:
         """The loss from the passes' outputs, each (R, L, D), in the order asked for."""
+        ...
+
+
+class PairObjective(Objective, Protocol):
+    """One of scope pair: its `loss` is `compare` of the batch's own pairs."""
+
+    def compare(self, model: VisionLanguageModel, own: Pairs, taught: Taught | None) -> Loss:
+        """The loss of this rank's pairs, from one batch or from all its micro-batches."""
         ...
 
 

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from vlm.data.batch import Batch
 from vlm.model.vision_language import VisionLanguageModel
-from vlm.objectives.objective import Features, Loss, Pass
-from vlm.objectives.pairs import comparable, gather, pairs
+from vlm.objectives.objective import Features, Loss, Pass, Taught
+from vlm.objectives.pairs import Pairs, comparable, gather, pairs
 
 
 class SigmoidContrastive(nn.Module):
@@ -39,11 +39,16 @@ class SigmoidContrastive(nn.Module):
         return ()
 
     def loss(self, model: VisionLanguageModel, outputs: Sequence[Tensor], features: Features, batch: Batch) -> Loss:  # noqa: ARG002
+        """Of the batch's pairs."""
+        return self.compare(
+            model, pairs(features.image.embedding, features.texts["plain"].embedding, batch), features.teacher
+        )
+
+    def compare(self, model: VisionLanguageModel, own: Pairs, taught: Taught | None) -> Loss:  # noqa: ARG002
         """Images of this rank against the texts of one rank after another, in fp32 (or better).
 
         Each block of (T, T) logits is gone before the next one comes, and made again in the backward pass: no rank ever holds the (B, B) matrix.
         """
-        own = pairs(features.image.embedding, features.texts["plain"].embedding, batch)
         rows = len(own.text)
         total = own.image.new_zeros(())
         best = own.image.new_full((rows,), float("-inf"))

@@ -66,12 +66,17 @@ class Teacher(nn.Module):
         return self.alpha * progress
 
     @torch.no_grad()
-    def forward(self, image: ImageFeatures, batch: Batch, learning: bool = True) -> Taught:
-        """What it says of a batch whose images it has encoded. learning: its features will enter the queue after the step."""
+    def forward(
+        self, image: ImageFeatures, batch: Batch, learning: bool = True, compares: bool = True, predicts: bool = True
+    ) -> Taught:
+        """What it says of a batch whose images it has encoded.
+
+        learning: its features will enter the queue after the step. compares, predicts: whether these parts of it are wanted now.
+        """
         own: Pairs | None = None
         keys: list[Pairs] = []
         texts = batch.texts
-        if self.compares:
+        if self.compares and compares:
             own = pairs(image.embedding, self.model.encode_text(texts.ids, texts.mask).embedding, batch)
             waits = learning and self.queue is not None
             everyone = own.gathered() if waits or self.keys == "joined" else own
@@ -80,7 +85,8 @@ class Teacher(nn.Module):
                 keys.append(self.queue.pairs())
             if waits:
                 self._waiting.append(everyone)
-        return Taught(self.weight, own, keys, self._words(image, batch) if self.predicts else None)
+        words = self._words(image, batch) if self.predicts and predicts else None
+        return Taught(self.weight, own, keys, words)
 
     def _words(self, image: ImageFeatures, batch: Batch) -> Tensor:
         """(M, V) logits of the hidden tokens."""
@@ -93,18 +99,25 @@ class Teacher(nn.Module):
         return self.model.masked_language_logits(states)
 
     @torch.no_grad()
-    def update(self, model: VisionLanguageModel) -> None:
-        """After each optimizer step, which is before its next forward pass: weights averaged, buffers copied, the queue moved on.
+    def update(self, model: VisionLanguageModel, taken: Tensor | None = None) -> None:
+        """After each optimizer step, which is before its next forward pass: weights averaged, buffers copied, the queue moved on; nothing of it where
+        the step was not `taken`, a () bool on the device.
 
         The queue waits until here because the backward pass still needs what it held.
         """
+        taken = torch.ones_like(self.steps, dtype=torch.bool) if taken is None else taken
         own, theirs = dict(self.model.named_parameters()), dict(model.named_parameters())
-        torch._foreach_lerp_(list(own.values()), [theirs[name] for name in own], 1 - self.momentum)
+        weight = (1 - self.momentum) * taken.double()
+        weights = {dtype: weight.to(dtype) for dtype in {parameter.dtype for parameter in own.values()}}
+        torch._foreach_lerp_(
+            list(own.values()), [theirs[name] for name in own], [weights[parameter.dtype] for parameter in own.values()]
+        )
+        # a skipped step leaves the model's buffers as they were too
         buffers = dict(model.named_buffers())
         for name, buffer in self.model.named_buffers():
             buffer.copy_(buffers[name])
         for new in self._waiting:
             assert self.queue is not None
-            self.queue.push(new)
+            self.queue.push(new._replace(valid=new.valid & taken))
         self._waiting.clear()
-        self.steps += 1
+        self.steps += taken

@@ -1,7 +1,7 @@
 """Pretraining with any of the family's objectives; evaluated by zero-shot retrieval from embeddings."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
@@ -15,12 +15,13 @@ from vlm.errors import ConfigError
 from vlm.metrics.interval import bootstrap
 from vlm.metrics.retrieval import RetrievalScores, retrieval_scores
 from vlm.model.vision_language import VisionLanguageModel
+from vlm.objectives.cached import CachedLoss, Embedded
 from vlm.objectives.captioning import Captioning
 from vlm.objectives.contrastive import Contrastive
 from vlm.objectives.masked_image import MaskedImage
 from vlm.objectives.masked_language import MaskedLanguage
 from vlm.objectives.matching import Matching
-from vlm.objectives.objective import Features, Loss, Objective
+from vlm.objectives.objective import Loss, Objective, Taught
 from vlm.objectives.pairs import largest
 from vlm.objectives.self_critical import SelfCritical
 from vlm.objectives.sigmoid import SigmoidContrastive
@@ -45,7 +46,8 @@ def build_objectives(
         "masked_language": MaskedLanguage,
         "masked_image": lambda: MaskedImage(encoder, text if config.masked_image_text else None),
         "word_patch": lambda: WordPatch(encoder.dim, text.dim),
-        "captioning": lambda: Captioning(config.label_smoothing),
+        "captioning": lambda: Captioning(config.label_smoothing, of="captions"),
+        "answering": lambda: Captioning(config.label_smoothing, per="texts", of="answers"),
     }
     if self_critical is not None:
         known["self_critical"] = lambda: self_critical
@@ -53,7 +55,7 @@ def build_objectives(
     if not weights:
         raise ConfigError(
             "objectives: all weights are 0; give at least one of contrastive, matching, masked_language, masked_image, word_patch, captioning, "
-            "self_critical."
+            "answering, self_critical."
         )
     return {name: known[name]() for name in weights}, weights
 
@@ -95,9 +97,13 @@ class Pretraining(Task):
         self.exchanges_texts = config.matching > 0 and config.negatives == "joined"
         self.compares = self.exchanges_texts or config.contrastive > 0
 
-    def forward(self, batch: Batch) -> dict[str, Loss]:
+    def forward(self, batch: Batch, cached: Mapping[str, CachedLoss] | None = None) -> dict[str, Loss]:
         """The losses of one micro-batch."""
-        return super().forward(self._evened(batch))
+        return super().forward(self._evened(batch), cached)
+
+    def embed(self, batch: Batch) -> Embedded:
+        """The first pass over a micro-batch."""
+        return super().embed(self._evened(batch))
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """What each loss will be divided by."""
@@ -111,24 +117,25 @@ class Pretraining(Task):
             batch = batch.lengthened(largest(batch.texts.ids.shape[1]), self.model.config.text.pad_id)
         return batch
 
-    def features(self, batch: Batch) -> Features:
-        """What the objectives share, and what the teacher says."""
-        features = super().features(batch)
-        if self.teacher is None:
-            return features
+    def taught(self, batch: Batch, compares: bool = True, predicts: bool = True) -> Taught | None:
+        """What the momentum teacher says."""
+        teacher = self.teacher
+        if teacher is None or not ((compares and teacher.compares) or (predicts and teacher.predicts)):
+            return None
         with torch.no_grad():
-            image = self.encode_image(batch.images, self.teacher.model)
-        return replace(features, teacher=self.teacher(image, batch, learning=self.training))
+            image = self.encode_image(batch.images, teacher.model)
+        said: Taught = teacher(image, batch, learning=self.training, compares=compares, predicts=predicts)
+        return said
 
     def prepare(self, epoch_steps: int) -> None:
         if self.teacher is not None:
             self.teacher.prepare(epoch_steps)
 
-    def after_step(self) -> None:
+    def after_step(self, taken: Tensor | None = None) -> None:
         """The temperature is clamped before the teacher averages it."""
-        super().after_step()
+        super().after_step(taken)
         if self.teacher is not None:
-            self.teacher.update(self.model)
+            self.teacher.update(self.model, taken)
 
     def train(self, mode: bool = True) -> Self:
         """As every module's; the records of the last evaluation are let go."""

@@ -1,7 +1,7 @@
 """What a task is: the model with its objectives, its predictions and its scores. The trainer sees nothing else of it."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,9 @@ from vlm.data.batch import Batch
 from vlm.model.attention import CrossMemory
 from vlm.model.lengths import by_length
 from vlm.model.vision_language import ImageFeatures, TextFeatures, VisionLanguageModel
-from vlm.objectives.objective import Features, Loss, Objective, Pass
+from vlm.objectives.cached import CachedLoss, Embedded, cached_losses
+from vlm.objectives.objective import Features, Loss, Objective, PairObjective, Pass, Taught
+from vlm.objectives.pairs import Pairs, pairs
 
 Record = dict[str, Any]
 
@@ -19,7 +21,7 @@ class Task(nn.Module):
     """The base of every task.
 
     Attributes: `model`; `weights`, of each loss in the total; `metric`, the score that selects the best checkpoint (higher is better);
-    `learned`, the objectives that have parameters of their own, which the trainer trains beside the model's;
+    `learned`, the objectives that have parameters of their own, which the trainer trains beside the model's; `paired`, those of scope pair;
     `blank_images`, whether images are replaced by grey; `reads_texts`, whether an objective reads the states of the plain texts.
     """
 
@@ -33,38 +35,72 @@ class Task(nn.Module):
         self.objectives = dict(objectives)
         self.weights = dict(weights)
         self.learned = nn.ModuleDict({name: o for name, o in objectives.items() if isinstance(o, nn.Module)})
+        self.paired = {name: cast(PairObjective, o) for name, o in objectives.items() if o.scope == "pair"}
         self.blank_images = False
         self.reads_texts = bool({"contrastive", "matching", "word_patch"} & set(objectives))
 
-    def forward(self, batch: Batch) -> dict[str, Loss]:
-        """The losses of one micro-batch. Each view is encoded once, each memory projected once, all passes joined."""
-        features = self.features(batch)
-        wanted = [(name, p) for name, o in self.objectives.items() for p in o.requests(self.model, features, batch)]
-        outputs: dict[str, list[Tensor]] = {name: [] for name in self.objectives}
+    def forward(self, batch: Batch, cached: Mapping[str, CachedLoss] | None = None) -> dict[str, Loss]:
+        """The losses of one micro-batch. Each view is encoded once, each memory projected once, all passes joined.
+
+        cached: of the objectives of scope pair, where several micro-batches are compared as one batch; see `compare`.
+        """
+        features = self.features(batch, compares=cached is None)
+        losses: dict[str, Loss] = {}
+        if cached is not None:
+            own = pairs(features.image.embedding, features.texts["plain"].embedding, batch)
+            losses = {name: known.loss(own) for name, known in cached.items()}
+        left = {name: o for name, o in self.objectives.items() if name not in losses}
+        wanted = [(name, p) for name, o in left.items() for p in o.requests(self.model, features, batch)]
+        outputs: dict[str, list[Tensor]] = {name: [] for name in left}
         for (name, _), states in zip(wanted, self._run([p for _, p in wanted], features), strict=True):
             outputs[name].append(states)
-        return {name: o.loss(self.model, outputs[name], features, batch) for name, o in self.objectives.items()}
+        losses |= {name: o.loss(self.model, outputs[name], features, batch) for name, o in left.items()}
+        return {name: losses[name] for name in self.objectives}
+
+    def embed(self, batch: Batch) -> Embedded:
+        """The first pass over a micro-batch: what the objectives of scope pair compare, without gradient.
+
+        It draws the random numbers that `forward` draws first. It runs as if a gradient were wanted, though none is taken: otherwise PyTorch chooses
+        other kernels (in bf16 on a CPU), and the second pass must repeat its embeddings to the last bit.
+        """
+        return Embedded(self._own_pairs(batch), self.taught(batch, predicts=False))
+
+    def _own_pairs(self, batch: Batch) -> Pairs:
+        image, text = self._encode(batch)
+        return pairs(image.embedding, text.embedding, batch).detached()
+
+    def compare(self, parts: Sequence[Embedded]) -> list[dict[str, CachedLoss]]:
+        """For each micro-batch what `forward` is to be told of the losses of all of them as one batch."""
+        return cached_losses(self.model, self.paired, parts)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """What each loss will be divided by, before the forward pass."""
         return {name: objective.count(batch) for name, objective in self.objectives.items()}
 
-    def features(self, batch: Batch) -> Features:
-        """What the objectives share."""
+    def features(self, batch: Batch, compares: bool = True) -> Features:
+        """What the objectives share. compares: whether those of scope pair are among them."""
         names = set(self.objectives)
-        image = self.encode_image(batch.images)
-        texts = batch.texts
-        encode = self.model.encode_text if self.reads_texts else TextFeatures
-        views = {"plain": encode(texts.ids, texts.mask)}
+        image, text = self._encode(batch)
+        views = {"plain": text}
         if batch.masked is not None and "masked_language" in names:
-            views["masked"] = self.model.text_view(batch.masked.ids, texts.mask)
+            views["masked"] = self.model.text_view(batch.masked.ids, batch.texts.mask)
         memory: dict[str, CrossMemory] = {}
         if names & {"matching", "masked_language"}:
             memory["fusion"] = self.model.memory(image.tokens, None, "fusion")
-        if names & {"captioning", "self_critical"}:
+        if names & {"captioning", "answering", "self_critical"}:
             shared = "fusion" in memory and self.model.decoder is None
             memory["decoder"] = memory["fusion"] if shared else self.model.memory(image.tokens, None, "decoder")
-        return Features(image, views, memory)
+        return Features(image, views, memory, self.taught(batch, compares=compares))
+
+    def _encode(self, batch: Batch) -> tuple[ImageFeatures, TextFeatures]:
+        """The images and the plain texts, of which the ids alone where no objective reads more."""
+        image = self.encode_image(batch.images)
+        encode = self.model.encode_text if self.reads_texts else TextFeatures
+        return image, encode(batch.texts.ids, batch.texts.mask)
+
+    def taught(self, batch: Batch, compares: bool = True, predicts: bool = True) -> Taught | None:  # noqa: ARG002 (for tasks with a teacher)
+        """What a momentum teacher says, where there is one, to objectives of scope pair (compares) and to the others (predicts)."""
+        return None
 
     def encode_image(self, images: Tensor, model: VisionLanguageModel | None = None) -> ImageFeatures:
         """The images' features (by the task's model, or another), or those of grey where the run measures what the text alone gives."""
@@ -109,8 +145,8 @@ class Task(nn.Module):
     def prepare(self, epoch_steps: int) -> None:
         """Called once before training, with the number of optimizer steps an epoch."""
 
-    def after_step(self) -> None:
-        """Called after each optimizer step."""
+    def after_step(self, taken: Tensor | None = None) -> None:  # noqa: ARG002 (for tasks that keep more than weights)
+        """Called after each optimizer step. taken: () bool on the device; where it is false the step was skipped, and nothing may change."""
         self.model.clamp_temperature()
 
     def predict(self, batch: Batch) -> list[Record]:

@@ -7,7 +7,7 @@ Letters: B images, T questions, A answers, L tokens, D width.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -26,6 +26,7 @@ from vlm.model.beam_search import beam_search
 from vlm.model.generation import Rules
 from vlm.model.ranking import AnswerTree, rank_answers
 from vlm.model.vision_language import VisionLanguageModel
+from vlm.objectives.cached import CachedLoss
 from vlm.objectives.captioning import Captioning, sequence_loss
 from vlm.objectives.objective import Loss
 from vlm.tasks.task import Record, Task
@@ -189,7 +190,7 @@ class EncoderDecoderVqa(Vqa):
         """The weights' sum: each question's answers sum to 1."""
         return {"captioning": self._answers(batch).weight.sum()}
 
-    def forward(self, batch: Batch) -> dict[str, Loss]:
+    def forward(self, batch: Batch, cached: Mapping[str, CachedLoss] | None = None) -> dict[str, Loss]:  # noqa: ARG002
         """Fuses the questions once, then decodes all their answers."""
         answers = self._answers(batch)
         memory = self._question_memory(batch).select(answers.text)

@@ -1,6 +1,6 @@
 """Exponentially averaged weights, which are evaluated and saved in place of the last ones."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -8,33 +8,35 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 
-def _warmed(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
-    """The decay grows as (1 + n) / (10 + n) up to `decay`, so that the random start is soon forgotten."""
-
-    @torch.no_grad()
-    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
-        n = int(count)
-        weight = 1 - min(decay, (1 + n) / (10 + n))
-        floating = [i for i, tensor in enumerate(averaged) if tensor.is_floating_point()]
-        if floating:  # the caller groups by type: counters come apart
-            torch._foreach_lerp_([averaged[i] for i in floating], [current[i] for i in floating], weight)
-        for i, tensor in enumerate(averaged):
-            if not tensor.is_floating_point():
-                tensor.copy_(current[i])
-
-    return update
-
-
 class Averaging:
-    """Keeps averaged weights of `model` beside it; with decay 0 it does nothing."""
+    """Keeps averaged weights of `model` beside it; with decay 0 it does nothing.
+
+    The decay grows as (1 + n) / (10 + n) up to `decay`, n steps having been averaged, so that the random start is soon forgotten.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.averaged = AveragedModel(model, multi_avg_fn=_warmed(decay), use_buffers=True) if decay > 0 else None
+        self.decay = decay
+        device = next(model.parameters()).device
+        self.averaged = AveragedModel(model, device, use_buffers=True) if decay > 0 else None
 
-    def update(self, model: nn.Module) -> None:
-        """After each optimizer step."""
-        if self.averaged is not None:
-            self.averaged.update_parameters(model)
+    @torch.no_grad()
+    def update(self, model: nn.Module, taken: Tensor | None = None) -> None:
+        """After each optimizer step; nothing happens where that was not `taken`, a () bool on the device. Nothing waits for the device, as
+        `AveragedModel.update_parameters` would.
+        """
+        if self.averaged is None:
+            return
+        n = self.averaged.n_averaged
+        taken = torch.ones_like(n, dtype=torch.bool) if taken is None else taken
+        keeps = ((1 + n.double()) / (10 + n)).clamp(max=self.decay)
+        weight = torch.where(n == 0, 1.0, 1 - keeps) * taken
+        current = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        for name, averaged in (*self.averaged.module.named_parameters(), *self.averaged.module.named_buffers()):
+            if averaged.is_floating_point():
+                averaged.lerp_(current[name], weight.to(averaged.dtype))
+            else:
+                averaged.copy_(torch.where(taken, current[name], averaged))
+        n += taken
 
     def best(self, model: nn.Module) -> nn.Module:
         """The module to evaluate and save: the averaged one if there is one."""

@@ -1,6 +1,5 @@
 """The training loop: step, log, evaluate, save, stop and go on. It sees a task through its methods only."""
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vlm.config import Config
@@ -17,8 +16,10 @@ from vlm.errors import UserError
 from vlm.memory import release_freed_memory
 from vlm.tasks.task import Task
 from vlm.train import state as saved_state
+from vlm.train.accumulation import arguments
 from vlm.train.averaging import Averaging
 from vlm.train.distributed import Ranks
+from vlm.train.finite import HINT, FiniteSteps, weights_are_finite
 from vlm.train.meter import Meter
 from vlm.train.optimizer import build_optimizer, load_optimizer_state, optimizer_state, schedule
 from vlm.train.report import Clock, JsonLines, duration, number, say
@@ -80,7 +81,8 @@ class Trainer:
             )
         self.step = 0
         self.evaluated = 0  # the step of the last evaluation
-        self.broken = torch.zeros((), device=ranks.device)  # the first step whose gradient was not finite; 0: none
+        self.finite = FiniteSteps(task.model, self.optimizer, ranks, config.train.max_skipped)
+        self.meter = Meter(task.weights)
         self.best: float | None = None
         self.scores: dict[str, Any] = {}
         self.stop = StopRequest()
@@ -91,7 +93,7 @@ class Trainer:
 
         Raises:
             StoppedOnRequest: a signal asked for it; `latest` holds the state.
-            UserError: the loss is not finite, or a file cannot be written.
+            UserError: the loss stays not finite, or a file cannot be written.
         """
         out = Path(self.config.out)
         if self.ranks.main:
@@ -104,20 +106,20 @@ class Trainer:
         train = self.config.train
         every = train.evaluate_every or self.epoch_steps
         clock = Clock(self.total_steps, self.step)
-        meter = Meter(self.task.weights)
         self.task.train()
         batches = self._batches()
         if self.step and self.step % every == 0 and self.evaluated != self.step:
             self.evaluate()  # a request to stop came before it
         while self.step < self.total_steps:
             micro, waited = self._next(batches)
-            norm = self._step(micro, meter)
+            self._step(micro, self.meter)
             self.step += 1
+            self._check_finite(now=False)
             clock.step(self.config.data.batch_size, waited)
             last = self.step == self.total_steps
             due = last or self.step % every == 0
             if self.step % train.log_every == 0 or last:
-                self._report(meter, clock, norm)
+                self._report(clock)
                 release_freed_memory()  # batches of many sizes leave holes in the heap: it would grow to several times what a step needs
             stopping = self.ranks.any(self.stop.made) and not last
             if due and not stopping:
@@ -147,8 +149,9 @@ class Trainer:
         waited = time.perf_counter() - start
         return [batch.to(self.ranks.device) for batch in micro], waited
 
-    def _step(self, micro: list[Batch], meter: Meter) -> Tensor:
-        """One optimizer step over micro-batches; the gradient norm."""
+    def _step(self, micro: list[Batch], meter: Meter) -> None:
+        """One optimizer step over micro-batches, or none where it is not finite."""
+        self.finite.begin()
         factor = self.factor(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.optimizer.lr * group["factor"] * factor
@@ -160,25 +163,25 @@ class Trainer:
             )
         )
         divisors = torch.where(totals > 0, totals, torch.ones_like(totals))
-        for index, batch in enumerate(micro):
+        for index, given in enumerate(arguments(self.task, micro, self.autocast)):
             with self._no_sync(last=index == len(micro) - 1):
                 with self.autocast():
-                    losses = self.wrapped(batch)
+                    losses = self.wrapped(*given)
                 # DDP averages gradients over ranks, so the sum over ranks needs the factor `world`.
                 total = sum(
                     (self.task.weights[n] * self.ranks.world / divisors[i]) * losses[n].sum for i, n in enumerate(names)
                 )
                 total.backward()  # type: ignore[union-attr]
-            meter.add(losses, batch)
+            meter.add(losses, micro[index])
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         clip = self.config.optimizer.clip
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else float("inf"))
-        self.broken = torch.where((self.broken == 0) & ~norm.isfinite(), self.step + 1, self.broken)
+        taken = self.finite.decide(self.step + 1, norm.isfinite() & meter.finite(), micro)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.task.after_step()
-        self.averaging.update(self.task.model)
-        return norm
+        self.task.after_step(taken)
+        self.averaging.update(self.task.model, taken)
+        meter.settle(taken, norm)
 
     def _no_sync(self, last: bool) -> AbstractContextManager[Any]:
         if last or not isinstance(self.wrapped, DistributedDataParallel):
@@ -189,21 +192,15 @@ class Trainer:
         """bf16 autocast, or nothing, on this device."""
         return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
 
-    def _refuse_broken(self, loss: float = 0.0) -> None:
-        """Before anything is written: weights after a step that was not finite are worth nothing. Read now and then, as it waits for the device."""
-        step = int(self.broken) or (0 if math.isfinite(loss) else self.step)
-        if step:
-            latest = Path(self.config.out) / "latest"
-            kept = f"{latest} holds the last good state" if latest.exists() else "nothing was saved before"
-            raise UserError(
-                f"step {step}: the loss or its gradient is not a finite number, {kept}. "
-                "Try a lower optimizer.lr, a longer optimizer.warmup_steps, or train.precision fp32."
-            )
+    def _check_finite(self, now: bool = True) -> None:
+        self.finite.check(self.log, lambda: self.save("latest", with_state=True), now)
 
-    def _report(self, meter: Meter, clock: Clock, norm: Tensor) -> None:
-        values = meter.take(self.ranks)
-        self._refuse_broken(values["loss"])
-        values["gradient_norm"] = float(norm)
+    def _report(self, clock: Clock) -> None:
+        self._check_finite()
+        values = self.meter.take(self.ranks)
+        if not values:
+            return
+        values["skipped"] = self.finite.skipped
         values |= clock.interval()
         values["lr"] = self.config.optimizer.lr * self.factor(self.step - 1)
         values["temperature"] = float(self.task.model.temperature.detach())
@@ -213,7 +210,10 @@ class Trainer:
         self.log.write(kind="train", step=self.step, epoch=epoch, **values)
         parts = " ".join(f"{n} {number(values[f'{n}/loss'])}" for n in self.task.weights)
         left = f" | eta {duration(values['eta_seconds'])}" if "eta_seconds" in values else ""
-        filled = f" | {int(values['filled'])} bad samples" if values.get("filled") else ""
+        causes = ", ".join(
+            f"{int(v)} {n.removeprefix('filled/')}" for n, v in values.items() if n.startswith("filled/")
+        )
+        filled = f" | {int(values['filled'])} bad samples ({causes})" if causes else ""
         say(
             f"step {self.step}/{self.total_steps} (epoch {epoch:.2f}) | loss {number(values['loss'])} | {parts} | lr {values['lr']:.2e} | "
             f"{values['samples_per_second']:.1f} samples/s | data wait {values['data_wait']:.0%}{filled}{left}"
@@ -236,7 +236,7 @@ class Trainer:
         """Scores of the validation splits; a new best is saved."""
         if self._evaluate is None:
             return
-        self._refuse_broken()
+        self._check_finite()
         with self.averaging.applied(self.task), self.autocast():
             self.task.eval()
             scores, value = self._evaluate(self.task)
@@ -255,7 +255,9 @@ class Trainer:
         Raises:
             UserError: it cannot be written (what was there stays), or the weights are not finite.
         """
-        self._refuse_broken()
+        self._check_finite()
+        if not weights_are_finite(self.task.model):
+            raise UserError(f"step {self.step}: the weights are not finite numbers; {name} stays as it was. {HINT}")
         state = self.state() if with_state else None
         failure: UserError | None = None
         if self.ranks.main:
@@ -280,6 +282,8 @@ class Trainer:
             "task": self.task.training_state(),
             "random": self.ranks.gather([saved_state.random_state(self.ranks.device)]),
             "scores": self.scores,
+            "finite": self.finite.state(),
+            "meter": self.ranks.gather([self.meter.state()]),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -305,3 +309,7 @@ class Trainer:
         saved_state.restore_random_state(state["random"], self.ranks.rank, self.ranks.world, self.ranks.device)
         self.step, self.best, self.scores = state["step"], state["best"], state["scores"]
         self.evaluated = state.get("evaluated", self.step)
+        if "finite" in state:  # an older run's state has neither
+            self.finite.load_state(state["finite"])
+            if len(state["meter"]) == self.ranks.world:
+                self.meter.load_state(state["meter"][self.ranks.rank], self.ranks.device)
