@@ -280,9 +280,12 @@ def index(place: Place, words: list[str]) -> None:
     place.vlm(*words[1:])
 
 
-def bootstrap(place: Place, words: list[str]) -> None:
-    shutil.copytree(place.scenes / "train", place.folder / words[3])
-    place.model(option(words, "--checkpoint"), "pretraining")
+def filter_or_caption(place: Place, words: list[str]) -> None:
+    shutil.copytree(place.scenes / "train", place.folder / words[3], dirs_exist_ok=True)
+    if "--model" in words:
+        place.model(option(words, "--model"), "pretraining")
+    if "--min-side" in words:  # the scenes are smaller than photographs
+        words[words.index("--min-side") + 1] = "30"
     place.vlm(*words[1:])
 
 
@@ -322,7 +325,7 @@ RULES: dict[str, tuple[str, Callable[[Place, list[str]], None]]] = {
     r"vlm convert .*": ("checked", parsed),
     r"vlm plot .*": ("executed", plot),
     r"vlm shards index .*": ("executed", index),
-    r"vlm shards bootstrap .*": ("executed", bootstrap),
+    r"vlm shards (filter|caption) .*": ("executed", filter_or_caption),
     r"vlm shards join .*": ("executed", join),
 }
 

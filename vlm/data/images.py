@@ -62,6 +62,14 @@ def decode_image(
             ) from error
 
 
+def read_header(data: bytes, name: str = "image") -> tuple[str, int, int]:
+    """Pillow's name of the format, width and height as stored, without decoding. Raises BadImage where it is no image."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = _open(data, name)
+        return image.format or "unknown", image.width, image.height
+
+
 def _read(path: Path, name: str) -> bytes:
     try:
         return path.read_bytes()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.data.index import ShardSet
-from vlm.data.records import Record, extension_of
+from vlm.data.records import extension_of
 from vlm.data.scan import scan
 from vlm.data.shards import ShardWriter
 from vlm.errors import ConfigError
@@ -43,21 +43,10 @@ def join(sets: Sequence[ShardSet], out: Path) -> Joined:
         captions += [text for text in record.captions if text not in captions]
         questions += [question for question in record.questions if question not in questions]
         counts[record.image_id] += 1
-    keys: set[str] = set()
     with ShardWriter(out, sources[0]) as writer:
         for record in scan(sets):
             if record.image_id not in texts:
                 continue
-            key = _free(record, keys)
-            keys.add(key)
+            key = writer.free_key(record.key)
             writer.write(key, record.image, extension_of(record.image), *texts.pop(record.image_id), record.name)
     return Joined(counts.total(), len(counts), sum(count > 1 for count in counts.values()))
-
-
-def _free(record: Record, keys: set[str]) -> str:
-    """The record's key, with a number behind it where another image has that key."""
-    key, number = record.key, 1
-    while key in keys:
-        number += 1
-        key = f"{record.key}_{number}"
-    return key
