@@ -9,6 +9,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -105,7 +106,8 @@ def test_help(run: Run, config: str) -> None:
     assert "--optimizer.lr" in out
     assert "Peak rate" in out
     assert "0.002" in out
-    for arguments in (("evaluate",), ("score", "vqa"), ("score", "captions"), ("plot",), ("shards", "index")):
+    scores = [("score", kind) for kind in ("vqa", "captions", "pope", "retrieval")]
+    for arguments in (("evaluate",), *scores, ("plot",), ("shards", "index")):
         assert run(*arguments, "--help")[0] == 0
 
 
@@ -140,6 +142,10 @@ def test_unusable_arguments_leave_with_2(run: Run, config: str, tmp_path: Path) 
         (("evaluate", config, "--split", "val"), "required: --checkpoint, --out"),
         (("score", "vqa", "--predictions", "p.json"), "required: --questions, --annotations"),
         (("score", "captions", "--references", "r", "--predictions", "p", "--jsn"), "unrecognized arguments: --jsn"),
+        (
+            ("score", "captions", "--references", "r", "--predictions", "p", "--images", "i"),
+            "--image-text-score MODEL and --images FOLDER go together",
+        ),
     ]:
         status, _, err = run(*arguments)
         assert (status, said in err, "Traceback" in err) == (2, True, False), (arguments, err)
@@ -187,6 +193,8 @@ def test_what_stops_the_work_leaves_with_1_and_one_line(run: Run, config: str, s
             ("score", "captions", "--references", bad / "x", "--predictions", bad / "x"),
             "no such file; expected a JSON file",
         ),
+        (("score", "pope", "--annotations", bad / "x", "--predictions", bad / "x"), "no such file; expected a JSON"),
+        (("score", "retrieval", "--similarity", bad / "file"), "file: cannot be read"),
         (("shards", "index", bad / "none"), "holds no shards"),
         (("plot", bad / "missing"), "missing"),
     ]:
@@ -287,6 +295,39 @@ def test_evaluate_answers_and_score_them_officially(run: Run, trained: Path, sce
     assert results["scores"]["scenes"]["accuracy"] == pytest.approx(
         official["overall"], abs=0.006
     )  # rounded to two digits
+
+
+def test_score_what_needs_no_model(run: Run, tmp_path: Path) -> None:
+    np.save(tmp_path / "similarity.npy", np.eye(3))
+    status, printed, _ = run("score", "retrieval", "--similarity", tmp_path / "similarity.npy", "--json")
+    assert (status, json.loads(printed)["mean_R@1"], json.loads(printed)["texts"]) == (0, 100, 3)
+    (tmp_path / "a.json").write_text('{"question_id": 1, "text": "Is there a dog?", "label": "no"}\n')
+    (tmp_path / "p.json").write_text('[{"question_id": 1, "answer": "No."}]')
+    files = ("--annotations", tmp_path / "a.json", "--predictions", tmp_path / "p.json")
+    status, printed, _ = run("score", "pope", *files, "--json")
+    assert (status, json.loads(printed)["overall"]["accuracy"]) == (0, 100)
+    assert run("score", "pope", *files)[1].startswith("overall\n  accuracy")
+
+
+def test_score_captions_by_more_than_words(
+    run: Run, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, color in ((1, "red"), (2, "blue")):
+        Image.new("RGB", (40, 30), color).save(tmp_path / f"{name}.png")
+    captions = [{"image_id": 1, "caption": "a red circle"}, {"image_id": 2, "caption": "a blue square"}]
+    (tmp_path / "r.json").write_text(json.dumps({"images": [], "annotations": captions}))
+    (tmp_path / "p.json").write_text(json.dumps(captions))
+    files = ("--references", tmp_path / "r.json", "--predictions", tmp_path / "p.json")
+    options = ("--document-frequencies", tmp_path / "r.json", "--json")
+    model = checkpoint(task="pretraining", heads=("contrastive",))
+    status, printed, err = run("score", "captions", *files, *options, "--image-text-score", model, "--images", tmp_path)
+    assert status == 0, err
+    assert list(json.loads(printed))[-2:] == ["CIDEr", "image_text_score"]
+    assert 0 <= json.loads(printed)["image_text_score"] <= 2.5
+    monkeypatch.setattr("vlm.metrics.java.java", lambda: None)
+    status, printed, err = run("score", "captions", *files, "--meteor")
+    assert (status, printed, len(err.splitlines())) == (1, "", 1)
+    assert "METEOR is a Java program; to have it: " in err
 
 
 def test_an_evaluation_without_the_training_shards(run: Run, trained: Path, tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from vlm.errors import UserError
-from vlm.metrics.score import format_scores, score_captions, score_vqa
+from vlm.metrics.files import format_scores
+from vlm.metrics.score import score_captions, score_pope, score_retrieval, score_vqa
 
 REFERENCES = {
     "images": [{"id": 2}, {"id": 1}, {"id": 3}],
@@ -139,3 +141,135 @@ def test_questions_and_annotations_in_each_others_place(write):
     paths = [write("a", ANNOTATIONS), write("q", QUESTIONS), write("p", ANSWERS)]
     with pytest.raises(UserError, match=r'a: not of the expected form \{"questions"'):
         score_vqa(*paths)
+
+
+def test_cider_with_other_document_frequencies(write):
+    references, predictions = write("r", REFERENCES), write("p", CAPTIONS)
+    usual = score_captions(references, predictions)
+    assert score_captions(references, predictions, references) == pytest.approx(usual)
+    more = {"image_id": 9, "caption": "a man and a dog"}
+    corpus = write("d", {"annotations": [*REFERENCES["annotations"], more]})
+    other = score_captions(references, predictions, corpus)
+    assert other.pop("CIDEr") != pytest.approx(usual["CIDEr"])
+    assert other == pytest.approx({name: value for name, value in usual.items() if name != "CIDEr"})
+    with pytest.raises(UserError, match="d: no captions"):
+        score_captions(references, predictions, write("d", {"annotations": []}))
+
+
+def test_vqa_without_quirks(write):
+    annotations = {
+        "annotations": [{"question_id": 5, "answers": [{"answer": "yes", "answer_id": n} for n in range(10)]}]
+    }
+    paths = [write("q", QUESTIONS), write("a", annotations), write("p", ANSWERS)]
+    assert [score_vqa(*paths, quirks)["overall"] for quirks in (True, False)] == [0, 100]
+
+
+ROWS = np.array([[0.9, 0.1, 0.2, 0.8], [0.3, 0.95, 0.4, 0.5]], dtype=np.float32)
+
+
+@pytest.mark.parametrize("form", ["npy", "npz"])
+def test_retrieval_files(tmp_path, write, form):
+    path = tmp_path / f"s.{form}"
+    np.save(path, ROWS) if form == "npy" else np.savez(path, similarity=ROWS)
+    scores = score_retrieval(path)  # texts 0 and 1 are of image 0, 2 and 3 of image 1
+    assert scores == pytest.approx(
+        {"TR_R@1": 50, "TR_R@5": 100, "TR_R@10": 100, "IR_R@1": 50, "IR_R@5": 100, "IR_R@10": 100}
+        | {"mean_R@1": 50, "images": 2, "texts": 4}
+    )
+    scores = score_retrieval(path, write("rows.json", [0, 1, 1, 0]))
+    assert (scores["TR_R@1"], scores["IR_R@1"]) == (100, 100)
+    assert "IR_R@10   100.00" in format_scores(scores)
+    assert "texts          4" in format_scores(scores)
+
+
+@pytest.mark.parametrize(
+    ("content", "rows", "message"),
+    [
+        (b"no array", None, r"s\.npy: cannot be read \(.*\); expected \.npy with an array \(images, texts\)"),
+        (b"", None, "cannot be read"),
+        (b"PK\x03\x04 cut short", None, "cannot be read"),
+        (np.array([[1, None]]), None, "cannot be read"),  # of Python objects: would be unpickled
+        (np.zeros(3), None, r"shape \(3,\) of float64, expected numbers of shape \(images, texts\)"),
+        (np.array([["a"]]), None, "expected numbers"),
+        (np.zeros((0, 3)), None, "cannot be read|expected numbers"),
+        (np.array([[1.0, np.nan]]), None, "NaN in image rows 0 to 0"),
+        (np.zeros((3, 2)), None, "2 texts of 3 images.*--images-of-texts.*transposed"),
+        (np.zeros((2, 5)), None, "5 texts of 2 images"),
+        (np.zeros((2, 3)), [0, 1], "2 rows for the 3 texts"),
+        (np.zeros((2, 3)), [0, 1, 2], "the text with id .*2.* has no image"),
+        (np.zeros((2, 3)), [0, 0, 0], "the image with id .*1.* has no text"),
+        (np.zeros((2, 3)), [0, 1, True], "not of the expected form: a JSON list"),
+        (np.zeros((2, 3)), {"rows": 1}, "not of the expected form"),
+        (np.zeros((2, 3)), "[", "not JSON"),
+    ],
+)
+def test_unusable_similarities_give_one_clear_line(tmp_path, write, content, rows, message):
+    path = tmp_path / "s.npy"
+    path.write_bytes(content) if isinstance(content, bytes) else np.save(path, content, allow_pickle=True)
+    with pytest.raises(UserError, match=message) as caught:
+        score_retrieval(path, None if rows is None else write("rows.json", rows))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_similarity_or_name_is_said(tmp_path):
+    with pytest.raises(UserError, match=r"none\.npy: no such file; expected \.npy"):
+        score_retrieval(tmp_path / "none.npy")
+    np.savez(tmp_path / "s.npz", scores=ROWS)
+    with pytest.raises(UserError, match="similarity is not a file in the archive"):
+        score_retrieval(tmp_path / "s.npz")
+
+
+POPE = [
+    {"question_id": n, "text": f"Is there a {n}?", "label": label}
+    for n, label in enumerate(("yes", "no", "no", "yes"), 1)
+]
+REPLIES = ["Yes, there is.", "No. There is none", "yes", "It is not"]  # right, right, wrong, wrong
+
+
+def as_lines(rows):
+    return "\n".join(json.dumps(row) for row in rows) + "\n"
+
+
+def test_pope_files_in_its_form_and_in_vqas(write):
+    expected = {"accuracy": 50.0, "precision": 50.0, "recall": 50.0, "f1": 50.0, "yes_ratio": 50.0}
+    in_order = [{"question": row["text"], "answer": reply} for row, reply in zip(POPE, REPLIES, strict=True)]
+    by_id = [{"question_id": row["question_id"], "answer": reply} for row, reply in zip(POPE, REPLIES, strict=True)]
+    lines = write("a.jsonl", as_lines(POPE))
+    for said in (as_lines(in_order), as_lines(by_id[::-1]), by_id):
+        assert score_pope(lines, write("p", said)) == {"overall": expected, "perQuestionType": {}}
+    kinds = ["random", "adversarial", "random", "random"]
+    annotations = [
+        {"question_id": row["question_id"], "question_type": kind, "answers": [{"answer": row["label"]}] * 10}
+        for row, kind in zip(POPE, kinds, strict=True)
+    ]
+    scores = score_pope(write("a", {"annotations": annotations}), write("p", by_id))
+    assert scores["overall"] == expected
+    assert list(scores["perQuestionType"]) == ["adversarial", "random"]
+    # Nobody said yes and nothing was yes: a share of nothing is 0, not a crash
+    assert list(scores["perQuestionType"]["adversarial"].values()) == [100, 0, 0, 0, 0]
+    assert scores["perQuestionType"]["random"]["accuracy"] == 33.33
+    assert "    accuracy" in format_scores(scores)
+
+
+@pytest.mark.parametrize(
+    ("annotations", "predictions", "message"),
+    [
+        ("{", [], "a: not JSON, nor JSON a line"),
+        ([], [], "annotations are empty"),
+        ([{"question_id": 1, "label": "maybe"}], [], "no answer that is yes or no alone"),
+        ({"annotations": [{"question_id": 1, "answers": ["yes", "no"]}]}, [], "no answer that is yes or no alone"),
+        (POPE, "[5]", "p: not of the expected form"),
+        (POPE, [{"question_id": 1}], "lacks an answer"),
+        (POPE, [{"question_id": 1, "answer": "no"}], r"3 questions \(2, 3, 4\) of 4 without an answer"),
+        (POPE, [{"question_id": n, "answer": "no"} for n in range(1, 6)], r"1 question_id \(5\) not among the 4"),
+        (POPE, [{"question_id": 1, "answer": "no"}] * 2, "1 answers more than question_ids"),
+        (POPE * 2, [{"question_id": n, "answer": "no"} for n in range(1, 5)], "ids repeat, as POPE's files all count from 1"),
+        (POPE, [{"question_id": 1, "answer": "no"}, {"answer": "no"}], "lacks a question_id"),
+        (POPE, [{"answer": "no"}], "1 answers without question_id to 4 questions"),
+        (POPE, [{"question": row["text"], "answer": "no"} for row in POPE[::-1]], r"4 answers \(0, 1, 2, 3\) .*to another question"),
+    ],
+)  # fmt: skip
+def test_unusable_pope_files_give_one_clear_line(write, annotations, predictions, message):
+    with pytest.raises(UserError, match=message) as caught:
+        score_pope(write("a", annotations), write("p", predictions))
+    assert "\n" not in str(caught.value)

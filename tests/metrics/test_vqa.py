@@ -207,3 +207,39 @@ def test_of_many_only_the_first_are_named():
     many = [{"question_id": key} for key in range(100)]
     with pytest.raises(UserError, match=r"100 questions \(0, 1, 2, 3, 4, \.\.\.\)"):
         vqa_scores(many, [], [])
+
+
+@pytest.mark.parametrize(
+    ("answer", "normalized"),
+    [
+        ("1,000 red-white", "1000 red white"),
+        ("x/-y p-q", "x y p q"),
+        ("yes, sir", "yes sir"),
+        ("t-shirt", "t shirt"),
+        ("Im here", "i'm here"),
+        ("somebody'd", "somebody'd"),
+        ("couldn'tve", "couldn't've"),
+        ("." * 40, ""),
+        (".5 and 3.", ".5 and 3"),
+        ("The U.S.A.", "usa"),
+    ],
+)
+def test_normalization_without_quirks(answer, normalized):
+    assert normalize_answer(answer, quirks=False) == normalized
+
+
+def test_without_quirks_unanimous_answers_are_normalised_too():
+    assert accuracy("The Cat.", ["cat"] * 10, quirks=False) == 1
+    assert accuracy("t shirt", ["t-shirt"] * 10, quirks=False) == 1
+    scores = [
+        vqa_scores(QUESTIONS[:1], [record(1, ["cat"] * 10)], [{"question_id": 1, "answer": "A cat"}], quirks)
+        for quirks in (True, False)
+    ]
+    assert [score.overall for score in scores] == [0, 100]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.sampled_from(PIECES.split()), max_size=5).map(" ".join))
+def test_without_quirks_normalizing_twice_changes_nothing(answer):
+    once = normalize_answer(answer, quirks=False)
+    assert normalize_answer(once, quirks=False) == once

@@ -49,27 +49,29 @@ METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr")
 
 
 def caption_scores(
-    references: Mapping[Any, Sequence[str]], predictions: Mapping[Any, str], tokenize: bool = True
+    references: Mapping[Any, Sequence[str]],
+    predictions: Mapping[Any, str],
+    tokenize: bool = True,
+    document_frequencies: "CiderD | None" = None,
 ) -> CaptionScores:
     """Score one caption an image against the image's reference captions.
 
     `tokenize=False` takes captions that are tokenized already, words separated by spaces. An empty caption scores 0; of
-    a single image CIDEr is 0, since every n-gram occurs in all images. Raises UserError, naming the ids, where the
-    two mappings do not hold the same images or an image has no reference.
+    a single image CIDEr is 0, since every n-gram occurs in all images. document_frequencies: CIDEr-D with the weights
+    of another corpus than these references; an image's score then does not depend on what other images are scored with
+    it, but it is not the number that papers give. Raises UserError, naming the ids, where the two mappings do not hold
+    the same images or an image has no reference.
     """
     _check(references, predictions)
-    keys = list(references)
     if tokenize:
-        flat = iter(tokenize_all([caption for key in keys for caption in references[key]]))
-        tokenized = [[next(flat) for _ in references[key]] for key in keys]
-        candidates = tokenize_all([predictions[key] for key in keys])
-    else:
-        tokenized = [list(references[key]) for key in keys]
-        candidates = [predictions[key] for key in keys]
+        references, predictions = tokenized(references, predictions)
+    keys = list(references)
+    captions, candidates = list(references.values()), [predictions[key] for key in keys]
 
-    bleu, bleu_each = _bleu(candidates, tokenized)
-    rouge_each = [_rouge_l(candidate, captions) for candidate, captions in zip(candidates, tokenized, strict=True)]
-    cider_each = _cider_d(candidates, tokenized)
+    bleu, bleu_each = _bleu(candidates, captions)
+    rouge_each = [_rouge_l(*pair) for pair in zip(candidates, captions, strict=True)]
+    cider = document_frequencies or CiderD(captions)
+    cider_each = [cider.score(*pair) for pair in zip(candidates, captions, strict=True)]
     return CaptionScores(
         Bleu_1=bleu[0],
         Bleu_2=bleu[1],
@@ -81,6 +83,19 @@ def caption_scores(
             key: dict(zip(METRICS, (*bleu_each[index], rouge_each[index], cider_each[index]), strict=True))
             for index, key in enumerate(keys)
         },
+    )
+
+
+def tokenized(
+    references: Mapping[Any, Sequence[str]], predictions: Mapping[Any, str]
+) -> tuple[dict[Any, list[str]], dict[Any, str]]:
+    """Both in the references' order, each caption as its tokens with spaces between, as the metrics count them."""
+    _check(references, predictions)
+    flat = iter(tokenize_all([caption for captions in references.values() for caption in captions]))
+    candidates = tokenize_all([predictions[key] for key in references])
+    return (
+        {key: [next(flat) for _ in captions] for key, captions in references.items()},
+        dict(zip(references, candidates, strict=True)),
     )
 
 
@@ -179,12 +194,6 @@ def _longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> 
             row[column] = diagonal + 1 if word == other else max(above, row[column - 1])
             diagonal = above
     return row[-1]
-
-
-def _cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """CIDEr-D of each caption, with the n-grams' weights of these references."""
-    metric = CiderD(references)
-    return [metric.score(candidate, captions) for candidate, captions in zip(candidates, references, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,9 @@ PUNCTUATION = frozenset(_DROPPED.split())
 # The shadow of a caption: every character replaced by the representative of its class, so that the patterns below need
 # ASCII and a few signs only.
 
-_UNKNOWN = " "  # what the scanner does not know vanishes and separates words, which is what a space does
+_UNKNOWN = "\0"  # what the scanner does not know vanishes and separates words, but an address may run over it
+_SPACES = re.compile("[\t-\r \xa0\u2000-\u200a\u2028\u2029\u3000]")
+_SOFT_HYPHEN = "\xad"  # a letter of plain words, which is left out when they are written; of nothing else
 _UNKNOWN_SIGNS = re.compile(
     "[\u0482\u055a-\u055f\u2012\u2024\u2025\u2027\u203c\u203d\u2043\u2045-\u205e\u20a1-\u20a3\u20a5-\u20ab"
     "\u20ad-\u20d0\u2150-\u2152\u215f]"
@@ -33,7 +35,7 @@ _REPRESENTATIVE = {
     alike: representative
     for representative, members in {
         "’": "\u0092›", "‘": "\u0091‛‹", "“": "\u0093«", "”": "\u0094»", "…": "\u0085", "–": "\u0096\u0097—―", "‑": "‐֊",
-        "€": "\u0080¤₠", "½": "¼¾⅓⅔", "²": "³¹",
+        "€": "\u0080¤₠", "½": "¼¾⅓⅔", "²": "³¹", "‚": "„‟",
     }.items()
     for alike in representative + members
 } | {"£": "£", "¢": "¢"}  # fmt: skip
@@ -45,10 +47,12 @@ class _Shadow(dict[int, str]):
     def __missing__(self, code: int) -> str:
         character = chr(code)
         category = unicodedata.category(character)
-        if " " <= character <= "~":
+        if " " <= character <= "~" or character == _SOFT_HYPHEN:
             shadow = character
         elif character in _REPRESENTATIVE:
             shadow = _REPRESENTATIVE[character]
+        elif _SPACES.match(character):
+            shadow = " "
         elif code > 0xFFFF or category[0] in "CZ" or _UNKNOWN_SIGNS.match(character):
             shadow = _UNKNOWN
         elif category[0] in "LM" or "\u02c2" <= character <= "\u02ff":
@@ -92,25 +96,27 @@ def _either(words: str) -> str:
 
 _L, _LD = "[A-Za-zéÉ]", "[A-Za-zéÉ0-9]"
 _A, _Q = "(?:['’]|&apos;)", "(?:['’`‘]|&apos;)"
-_WORD = rf"{_L}{_LD}*(?:[.!?]{_L}{_LD}*)*"
+_WL, _WLD = f"[A-Za-zéÉ{_SOFT_HYPHEN}]", f"[A-Za-zéÉ0-9{_SOFT_HYPHEN}]"
+_WORD = rf"{_WL}{_WLD}*(?:[.!?]{_WL}{_WLD}*)*"
 _SUFFIX = rf"{_A}(?i:[msd]|re|ve|ll)(?![A-Za-z])|’(?i:[msd]|re|ve|ll)"
 _ELIDED = rf"(?:[dDoOlL]{_Q}{_LD})?{_LD}+"
 _THING = rf"{_ELIDED}(?:[-‑_]{_ELIDED})*"
 _CAPITALS = r"[A-Z]+(?:(?:[+&]|&amp;)[A-Z]+)+"
-_NUMBER = r"[-+]?(?:[0-9]+(?:[.:,][0-9]+)*|(?:[.:,][0-9]+)+)"
+_NUMBER = rf"[-+]?(?:[0-9]+(?:[.:,{_SOFT_HYPHEN}][0-9]+)*|(?:[.:,{_SOFT_HYPHEN}][0-9]+)+)"
 _PIECE = r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}"
 _NAME = "[A-Za-z][A-Za-z0-9_:.-]*"
 _FACE = r"[-^x=~<>']"
 _URL_END = r"[^ \"<>|.!?(){},-]"
 _WWW, _SITE = r"www\.(?:[^ \"<>|.!?(){},]+\.)+", r"(?:[^ \"`'<>|!?(){},-_$]+\.)+"
 
-_SENTENCE_START = _either(f"{_SENTENCE_STARTS} {_SENTENCE_STARTS.upper()}")
+_TAG = rf"<{_NAME}(?: +{_NAME}(?:=(?:\"[^\"]*\"|'[^']*'))?)* */?>|</{_NAME} *>|<[!?][A-Za-z-][^>]*>"
+_SENTENCE_START = rf"(?:{_either(f'{_SENTENCE_STARTS} {_SENTENCE_STARTS.upper()}')}|{_TAG})"
 
 _PATTERNS = tuple(
     re.compile(pattern)
     for pattern in (
         # markup
-        rf"<{_NAME}(?: +{_NAME}(?:=(?:\"[^\"]*\"|'[^']*'))?)* */?>|</{_NAME} *>|<[!?][A-Za-z-][^<>]*>",
+        _TAG,
         r"&(?:(?i:amp|lt|gt|quot)|nbsp|mdash|ndash|apos|#[0-9]+);",
         # two words written as one
         r"(?P<token>(?i:can))(?i:not)",
@@ -120,7 +126,7 @@ _PATTERNS = tuple(
         r"(?P<token>'[tT])(?i:is|was)",
         # apostrophes
         rf"(?P<token>{_WORD}){_A}(?i:[msd]|re|ve|ll)",
-        rf"(?P<token>[A-Za-z]*[A-MO-Za-mo-z])[nN]{_Q}[tT]",
+        rf"(?P<token>[A-Za-z{_SOFT_HYPHEN}]*[A-MO-Za-mo-z]{_SOFT_HYPHEN}*)[nN]{_Q}[tT]",
         rf"[nN]{_Q}[tT]",
         _SUFFIX,
         rf"{_A}[nN](?:{_A}|(?= ))|’[nN]",
@@ -140,7 +146,7 @@ _PATTERNS = tuple(
         # an abbreviation that may end a sentence: the two characters behind it count
         rf"(?P<token>(?:(?i:{_either(_ABBREVIATIONS)})|(?=[A-Z])(?i:{_either(_CAPITALISED_ABBREVIATIONS)}))\.).{{1,2}}",
         _THING,
-        r"[A-Za-z0-9][A-Za-z0-9.,]*(?:-(?:[A-Za-z](?:\.[A-Za-z])+\.|[A-Za-z0-9]+))+",
+        rf"[A-Za-z0-9][A-Za-z0-9.,{_SOFT_HYPHEN}]*(?:-(?:[A-Za-z](?:\.[A-Za-z])+\.|[A-Za-z0-9{_SOFT_HYPHEN}]+))+",
         rf"{_PIECE}(?:\\?/{_PIECE}){{1,2}}",
         rf"{_LD}+(?:\.{_LD}+)*\.(?i:{_either(_FILE_ENDINGS)})(?=[ .,!?])",
         _CAPITALS,
@@ -159,11 +165,11 @@ _PATTERNS = tuple(
         r"[A-Za-z](?:\.[A-Za-z])*\.",
         rf"(?P<token>[A-Za-z])\. +{_SENTENCE_START} ",
         rf"(?P<token>(?:{_THING}|{_WORD}|{_CAPITALS})\.)[,;:]",
-        r"(?P<token>[A-Za-z0-9][A-Za-z0-9.,]*(?:-[A-Za-z0-9]+)+\.)[,;:]",
+        rf"(?P<token>[A-Za-z0-9][A-Za-z0-9.,{_SOFT_HYPHEN}]*(?:-[A-Za-z0-9{_SOFT_HYPHEN}]+)+\.)[,;:]",
         # faces and repeated signs
         r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]](?![A-Za-z0-9])",
         rf"\({_FACE}[_.]?{_FACE}\)|\([\^x=~<>']-[\^x=~<>'`]\)|{_FACE}_{_FACE}",
-        r"[?!]+|-{2,}|\*+|_+|#+|@+|\.{3,5}|[“”‘’`]{2}|''|<<|>>|²+|\\\*",
+        r"[?!]+|-{2,}|\*+|_+|#+|@+|\.{3,5}|[“”‘’`‚]{2}|''|<<|>>|²+|\\\*",
     )
 )
 # Nearly all of a caption is words between spaces, which no pattern above can lengthen: they skip the search.
@@ -174,7 +180,7 @@ _SIGNS = {
     "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", '"': "''",
     "€": "$", "\u0080": "$", "¤": "$", "₠": "$", "£": "#", "¢": "cents",
     "¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3",
-    "…": "...", "\u0085": "...", "....": "...", ".....": "...", "---": "--", "----": "--",
+    "‐": "-", "‑": "-", "…": "...", "\u0085": "...", "....": "...", ".....": "...", "---": "--", "----": "--",
     "&lt;": "<", "&gt;": ">", "&quot;": "''", "&apos;": "'", "&amp;": "&", "&mdash;": "--", "&ndash;": "--", "&nbsp;": "-",
 }  # fmt: skip
 _SIGNS_WITHIN = str.maketrans(
@@ -187,6 +193,8 @@ _CONTRACTION = re.compile(r"n?[’‘‛‹›\u0091\u0092](?:[tsmd]|re|ve|ll)")
 def _spelling(token: str) -> str:
     """How a stretch of the caption is written as a token."""
     token = token.lower()
+    if "@" not in token and "/" not in token:
+        token = token.replace(_SOFT_HYPHEN, "") or "-"
     if token in _SIGNS:
         return _SIGNS[token]
     if _CONTRACTION.fullmatch(token) or not any(map(str.isalnum, token)):
@@ -198,12 +206,11 @@ def _spelling(token: str) -> str:
 
 
 def _tokens(caption: str) -> list[str]:
-    caption = caption.replace("\u00ad", "")  # a soft hyphen is invisible in a word, and dropped as a hyphen elsewhere
     shadow = caption.translate(_SHADOW) + " "
     tokens: list[str] = []
     start = 0
     while start < len(shadow):
-        if shadow[start] == " ":
+        if shadow[start] in (" ", _UNKNOWN):
             start += 1
             continue
         plain = _PLAIN_WORD.match(shadow, start)

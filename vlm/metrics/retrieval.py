@@ -26,6 +26,12 @@ class RetrievalScores:
         recalls = [*self.image_to_text.values(), *self.text_to_image.values()]
         return sum(recalls) / len(recalls)
 
+    def named(self) -> dict[str, float]:
+        """TR_R@k, the right texts found for an image; IR_R@k, the right image found for a text; mean_R@1 of the two."""
+        to_text = {f"TR_R@{k}": value for k, value in self.image_to_text.items()}
+        to_image = {f"IR_R@{k}": value for k, value in self.text_to_image.items()}
+        return {**to_text, **to_image, "mean_R@1": (to_text["TR_R@1"] + to_image["IR_R@1"]) / 2}
+
 
 def retrieval_scores(
     similarity: ArrayLike, image_ids: ArrayLike, text_ids: ArrayLike, ks: Sequence[int] = (1, 5, 10)

@@ -2,8 +2,10 @@
 
 Source: VQA v2's evaluation code (Antol et al. 2015, Goyal et al. 2017; github.com/GT-Vision-Lab/VQA), which is Python 2
 and gives no score for one's own file without a server. The quirks are kept because every published number has them:
-answers are normalised only where the annotators' answers differ; a period stays only before a digit, and only 32 of
-them are removed; two contractions can never be found, as the text is in lower case by then.
+answers are normalised only where the annotators' answers differ; a comma between two digits makes every other sign
+vanish too, and a sign beside a space vanishes where others become a space; a period stays only before a digit, and only
+32 of them are removed; four contractions can never be found, as the text is in lower case by then, and one loses its
+apostrophe. On request it is done without these.
 """
 
 import re
@@ -18,6 +20,8 @@ from vlm.metrics.captions import listed
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d", re.ASCII)
 _PERIOD = re.compile(r"\.(?!\d)", re.ASCII)  # there: (?!<=\d)(\.)(?!\d), a lookbehind with a slip, which never holds
+_COMMA = re.compile(r"(?<=\d),(?=\d)", re.ASCII)
+_SIGNS_TO_SPACES = str.maketrans(dict.fromkeys(_PUNCTUATION, " "))
 _PERIODS_REMOVED = 32  # there: re.UNICODE passed where the count goes
 _ARTICLES = frozenset({"a", "an", "the"})
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -54,42 +58,53 @@ def _contractions() -> dict[str, str]:
 
 
 CONTRACTIONS = _contractions()
+_PLAIN_CONTRACTIONS = {key: word for key, word in CONTRACTIONS.items() if key != "somebody'd"} | {
+    "im": "i'm", "ive": "i've", "id've": "i'd've", "i'dve": "i'd've"
+}  # fmt: skip
 
 
 def _trim(answer: str) -> str:
     return answer.replace("\n", " ").replace("\t", " ").strip()
 
 
-def normalize_answer(answer: str) -> str:
+def normalize_answer(answer: str, quirks: bool = True) -> str:
     """An answer as the official evaluator compares it: no punctuation, no articles, number words as digits.
 
-    'Two dogs!' -> '2 dogs'; 'U.S.A.' -> 'usa'; '1,000' -> '1000'; 'dont' -> "don't"; '10:30' stays.
+    'Two dogs!' -> '2 dogs'; 'U.S.A.' -> 'usa'; '1,000' -> '1000'; 'dont' -> "don't"; '10:30' stays. Without quirks every
+    sign becomes a space, but a comma between digits vanishes; all periods that are not before a digit go; and the
+    contractions are found that the official table means.
     """
     answer = text = _trim(answer)
-    number = _COMMA_IN_NUMBER.search(answer) is not None
-    for sign in _PUNCTUATION:
-        beside_space = f"{sign} " in answer or f" {sign}" in answer  # of the text as it was, not as changed so far
-        text = text.replace(sign, "" if beside_space or number else " ")
-    text = _PERIOD.sub("", text, count=_PERIODS_REMOVED)
+    if quirks:
+        number = _COMMA_IN_NUMBER.search(answer) is not None
+        for sign in _PUNCTUATION:
+            beside_space = f"{sign} " in answer or f" {sign}" in answer  # of the text as it was, not as changed so far
+            text = text.replace(sign, "" if beside_space or number else " ")
+        text = _PERIOD.sub("", text, count=_PERIODS_REMOVED)
+    else:
+        text = _PERIOD.sub("", _COMMA.sub("", text).translate(_SIGNS_TO_SPACES))
     words = (_NUMBERS.get(word, word) for word in text.lower().split())
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+    contractions = CONTRACTIONS if quirks else _PLAIN_CONTRACTIONS
+    return " ".join(contractions.get(word, word) for word in words if word not in _ARTICLES)
 
 
-def accuracy(prediction: str, answers: Sequence[str]) -> float:
+def accuracy(prediction: str, answers: Sequence[str], quirks: bool = True) -> float:
     """How right an answer is, 0..1, given what each annotator answered.
 
     With four annotators or more it is the official number: the mean, over the annotators, of min(1, matches among the
     others / 3); of ten, 1, 2, 3, 4 matches give 0.3, 0.6, 0.9, 1. Both sides are normalised unless all annotators
     answered the same. The official evaluator knows ten annotators only. With one (DAQUAR, easy-VQA), the accuracy is
-    1 where the normalised answers are equal, else 0; with two or three, all of the others count as agreement.
+    1 where the normalised answers are equal, else 0; with two or three, all of the others count as agreement. Without
+    quirks both sides are always normalised, and as `normalize_answer` says.
     """
     if not answers:
         raise ValueError("answers is empty, expected the answer of at least one annotator.")
     prediction, answers = _trim(prediction), [_trim(answer) for answer in answers]
     if len(answers) == 1:
-        return float(normalize_answer(prediction) == normalize_answer(answers[0]))
-    if len(set(answers)) > 1:
-        prediction, answers = normalize_answer(prediction), [normalize_answer(answer) for answer in answers]
+        return float(normalize_answer(prediction, quirks) == normalize_answer(answers[0], quirks))
+    if len(set(answers)) > 1 or not quirks:
+        prediction = normalize_answer(prediction, quirks)
+        answers = [normalize_answer(answer, quirks) for answer in answers]
     agreeing, matches = min(_AGREEING, len(answers) - 1), answers.count(prediction)
     return sum(min(1.0, (matches - (answer == prediction)) / agreeing) for answer in answers) / len(answers)
 
@@ -117,11 +132,12 @@ def vqa_scores(
     questions: Sequence[Mapping[str, Any]],
     annotations: Sequence[Mapping[str, Any]],
     predictions: Sequence[Mapping[str, Any]],
+    quirks: bool = True,
 ) -> VqaScores:
     """Score predictions for all of the questions.
 
     questions: [{"question_id", ...}]; annotations: [{"question_id", "answers": [{"answer", ...}], "answer_type"?,
-    "question_type"?}], those of other questions are not looked at; predictions: [{"question_id", "answer"}].
+    "question_type"?}], those of other questions are not looked at; predictions: [{"question_id", "answer"}]. quirks: see `accuracy`.
     Raises UserError for a question without prediction or annotation, and for an unknown or repeated question_id.
     """
     asked = _by_question(questions, "questions")
@@ -135,7 +151,7 @@ def vqa_scores(
     }
     for key in asked:
         answers = [_text(answer, key, "annotations") for answer in _answers(annotated[key], key)]
-        score = accuracy(_text(predicted[key], key, "predictions"), answers)
+        score = accuracy(_text(predicted[key], key, "predictions"), answers, quirks)
         per_question[key] = score
         for group, scores in groups.items():
             if group in annotated[key]:
