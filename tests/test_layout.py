@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEAVES = ("vlm.config", "vlm.config_objectives", "vlm.errors", "vlm.memory")
+LEAVES = ("vlm.config", "vlm.config_data", "vlm.config_objectives", "vlm.errors", "vlm.memory")
 # A room -> the parts of the library that its files may import beside the leaves, at their top or late, and its packages.
 ROOMS: dict[str, tuple[tuple[str, ...], set[str]]] = {
     "model": (("vlm.model",), {"torch", "timm", "safetensors"}),
     "data": (
         ("vlm.data",),
-        {"torch", "torchvision", "numpy", "PIL", "tokenizers", "webdataset", "braceexpand", "tqdm"},
+        {"torch", "torchvision", "numpy", "PIL", "tokenizers", "webdataset", "braceexpand", "fsspec", "tqdm"},
     ),
     "metrics": (("vlm.metrics",), {"numpy"}),
     "objectives": (("vlm.objectives", "vlm.model", "vlm.data.batch"), {"torch"}),

@@ -1,24 +1,34 @@
 """What a folder of shards holds: `index.json` lists name, samples and bytes of each tar.
 
-Read from our own, from img2dataset's `*_stats.json`, or counted from the tars' headers at first use.
+Read from our own, from img2dataset's `*_stats.json`, or counted from the tars' headers at first use; remote ones are never counted (they would
+have to be downloaded), but the public cc3m and cc12m shards' `_info.json` serves there too.
 """
 
 import json
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import webdataset
 from braceexpand import braceexpand
 
-from vlm.data.records import scan_shard
-from vlm.errors import UserError
+from vlm.config import CacheConfig
+from vlm.data.records import Location, scan_shard
+from vlm.data.remote import RemoteShard, is_remote, limit, read_small
+from vlm.data.transport import Interrupted, Refused
+from vlm.errors import ConfigError, UserError
 
 log = logging.getLogger(__name__)
 REPLACING = "index.replacing"  # marks a folder whose shards are being replaced
+SHARD = "{shard}"  # stands for the shard's name in the root of a remote set
+PATTERN = re.compile(r"[^\s/'\"=]+\.tar(?![\w.])")  # the file name, with braces, in a remote location
+GIVEN = re.compile(
+    r"(https?|s3|gs|hf)://"
+)  # what an index file may name as its root: no command, no folder of this machine
 
 
 @dataclass(frozen=True)
@@ -32,26 +42,39 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class ShardSet:
-    """Shards of one source in one folder (or under one remote prefix)."""
+    """Shards of one source in one folder, or at one remote place: an address, perhaps with {shard} where the shard's name belongs."""
 
     root: str
     source: str
     shards: tuple[ShardInfo, ...]
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """Where copies of remote shards are kept."""
+
+    def locate(self, shard: ShardInfo) -> Location:
+        """What `ShardReader.read` finds the shard by."""
+        path = self.root.replace(SHARD, shard.name) if SHARD in self.root else f"{self.root}/{shard.name}"
+        return RemoteShard(path, shard.bytes, self.cache) if is_remote(self.root) else path
 
     @property
     def samples(self) -> int:
         return sum(shard.samples for shard in self.shards)
 
 
-def load_index(path: str | Path) -> ShardSet:
+def load_index(path: str | Path, cache: CacheConfig | None = None) -> ShardSet:
     """The shards of a folder, or of a brace pattern of tars such as `cc3m/{00000..00331}.tar`.
 
+    Both may be at an address (https://, s3://, hf://, ...), the pattern in a command (`pipe:aws s3 cp s3://bucket/cc3m/{00000..00331}.tar -`), and a
+    local index file may name an address as its "root".
+
     A folder without `index.json` is indexed from img2dataset's `*_stats.json` or the tars' headers, and the index written beside them where that is
-    possible. Raises UserError for a missing folder or shard, for an unusable index, and for a remote location without an index.
+    possible. cache: where copies of remote shards will be kept. Raises UserError for a missing folder or shard, for an unusable index, and for a
+    remote location without an index.
     """
-    text = str(path)
-    if "://" in text or text.startswith("pipe:"):
-        return _load_remote(text)
+    text, cache = str(path), cache or CacheConfig()
+    if is_remote(text):
+        return _fitting(_load_remote(text, cache))
+    if text.endswith(".json"):
+        return _fitting(_load_given(Path(path), cache))
     names = None
     folder = Path(path)
     if text.endswith(".tar"):
@@ -106,8 +129,8 @@ def _index_folder(folder: Path, names: Sequence[str], source: str | None = None)
     shards = []
     for name in names:
         file = folder / name
-        if not file.exists():
-            raise UserError(f"{file} does not exist; correct the pattern or copy the shard there.")
+        if not file.is_file():
+            raise UserError(f"{file} is no file; correct the pattern or copy the shard there.")
         shards.append(ShardInfo(name, _count(file), file.stat().st_size))
     return ShardSet(str(folder), source or folder.resolve().name, tuple(shards))
 
@@ -119,7 +142,10 @@ def _count(file: Path) -> int:
             return int(json.loads(stats.read_text())["successes"])
         except (ValueError, KeyError, TypeError):
             log.warning("%s cannot be used; counting the records of %s instead", stats, file.name)
-    offsets, damage = scan_shard(file)
+    try:
+        offsets, damage = scan_shard(file)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}.") from None
     if damage:
         log.warning("%s is damaged (%s): its %d whole records are used", file, damage, len(offsets) - 1)
     return len(offsets) - 1
@@ -140,22 +166,112 @@ def _read_index(path: Path) -> ShardSet:
 
 def _parse_index(root: str, data: bytes) -> ShardSet:
     content = json.loads(data)
-    shards = tuple(ShardInfo(str(s["name"]), int(s["samples"]), int(s["bytes"])) for s in content["shards"])
+    shards = tuple(_shard_info(s["name"], s["samples"], s["bytes"]) for s in content["shards"])
     return ShardSet(root, str(content["source"]), shards)
 
 
-def _load_remote(text: str) -> ShardSet:
-    root = text.rsplit("/", 1)[0] if text.endswith(".tar") else text.rstrip("/")
+def _shard_info(name: Any, samples: Any, size: Any) -> ShardInfo:
+    """Of what somebody wrote: a name that leads nowhere else, and counts that are counts. Raises ValueError."""
+    info = ShardInfo(str(name), int(samples), int(size))
+    if "/" in info.name or info.samples < 0 or info.bytes < 0:
+        raise ValueError(f"{info}: expected a file name, and numbers from 0 on")
+    return info
+
+
+def _load_given(path: Path, cache: CacheConfig) -> ShardSet:
+    known = _read_index(path)
+    root = json.loads(path.read_bytes()).get("root")
+    if not isinstance(root, str) or not GIVEN.match(root):
+        raise UserError(
+            f'{path}: its "root" is {root!r}; expected the address of the shards, http(s)://, s3://, gs:// or hf://, or give their folder.'
+        )
+    return replace(known, root=root.rstrip("/"), cache=cache)
+
+
+def _load_remote(text: str, cache: CacheConfig) -> ShardSet:
+    """The shards of an address or command. Names that are read from it are used in addresses only: a command takes those of its own pattern."""
+    found = list(PATTERN.finditer(text))
+    if len(found) > 1 or (text.startswith("pipe:") and not found):
+        raise UserError(
+            f"{text}: expected one file name or brace pattern that ends in .tar, such as {{00000..00331}}.tar."
+        )
+    before, after, names = text.rstrip("/") + "/", "", None
+    if found:
+        before, after, names = text[: found[0].start()], text[found[0].end() :], list(braceexpand(found[0][0]))
+    root = before.rstrip("/") if not after else f"{before}{SHARD}{after}"
+    source = before.rstrip("/").rsplit("/", 1)[-1].rsplit(" ", 1)[-1]
     try:
-        with webdataset.gopen(f"{root}/index.json") as stream:
-            known = _parse_index(root, stream.read())
-    except Exception as error:  # every transport has exceptions of its own
+        known = _remote_index(before, after, root, source, names, cache)
+    except (Refused, Interrupted, ValueError, KeyError, TypeError) as error:
         how = "make it beside a local copy with `vlm shards index FOLDER` and upload it with the shards"
-        raise UserError(f"{root}/index.json cannot be read ({error}); remote shards need one: {how}.") from None
-    if text.endswith(".tar"):
-        names = {n.rsplit("/", 1)[1] for n in braceexpand(text)}
-        known = ShardSet(root, known.source, tuple(s for s in known.shards if s.name in names))
-    return known
+        raise UserError(f"{before}index.json{after} cannot be read ({error}); remote shards need one: {how}.") from None
+    if names is not None:
+        listed = {s.name: s for s in known.shards}
+        if lost := [n for n in names if n not in listed]:
+            raise UserError(
+                f"{before}index.json{after} does not list {lost[0]} ({len(lost)} such); correct the pattern or make it anew."
+            )
+        known = replace(known, shards=tuple(listed[n] for n in names))
+    return replace(known, cache=cache)
+
+
+def _remote_index(
+    before: str, after: str, root: str, source: str, names: list[str] | None, cache: CacheConfig
+) -> ShardSet:
+    try:
+        return _parse_index(root, read_small(f"{before}index.json{after}", cache))
+    except (Refused, Interrupted) as error:
+        if names is None or (isinstance(error, Interrupted) and not before.startswith("pipe:")):
+            raise
+        for read in (_hub_info, _stats):
+            try:
+                return ShardSet(root, source, tuple(read(before, after, names, cache)))
+            except (Refused, Interrupted, ValueError, KeyError, TypeError):
+                continue
+        raise
+
+
+def _hub_info(before: str, after: str, names: list[str], cache: CacheConfig) -> Iterator[ShardInfo]:
+    """From the `_info.json` that the public cc3m and cc12m shards on the hub come with: names and lengths by split."""
+    splits = json.loads(read_small(f"{before}_info.json{after}", cache))["splits"]
+    lengths = {n: k for s in splits.values() for n, k in zip(s["filenames"], s["shard_lengths"], strict=True)}
+    for name in names:
+        yield _shard_info(name, lengths[name], 0)
+
+
+def _stats(before: str, after: str, names: list[str], cache: CacheConfig) -> Iterator[ShardInfo]:
+    """From img2dataset's NAME_stats.json of each shard."""
+
+    def read(name: str) -> ShardInfo:
+        content = read_small(f"{before}{name.removesuffix('.tar')}_stats.json{after}", cache)
+        return _shard_info(name, json.loads(content)["successes"], 0)
+
+    with ThreadPoolExecutor(16) as pool:
+        yield from pool.map(read, names)
+
+
+def room_wanted(sets: Sequence[ShardSet], streams: int, block: int) -> float:
+    """Bytes of the remote shards that so many streams read at one time, in blocks of so many records; at most all of them."""
+    remote = [s for s in sets if is_remote(s.root)]
+    shards = [shard for s in remote for shard in s.shards]
+    if not shards:
+        return 0.0
+    whole, samples = sum(s.bytes for s in shards), sum(s.samples for s in remote)
+    a_block = 1 + block * len(shards) / max(samples, 1)  # a block lies in so many shards
+    return min(whole, streams * a_block * whole / len(shards))
+
+
+def _fitting(shards: ShardSet) -> ShardSet:
+    """The set, if the cache can hold any one of its shards."""
+    if not shards.shards:
+        raise UserError(f"{shards.root}: its index lists no shards.")
+    largest = max(shards.shards, key=lambda s: s.bytes)
+    if largest.bytes > limit(shards.cache):
+        raise ConfigError(
+            f"{largest.name} of {shards.root} has {largest.bytes / 1e9:.3g} GB, data.cache.gigabytes={shards.cache.gigabytes:g}; "
+            "give the cache room for at least one shard a stream (data.streams)."
+        )
+    return shards
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 from array import array
 from collections import OrderedDict
@@ -16,13 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from webdataset.handlers import ignore_and_continue
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
+from webdataset.tariterators import base_plus_ext
 
+from vlm.data.remote import RemoteShard, UnreadableShard
 from vlm.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_OPEN_FILES = 128
+MAX_RECORD, MAX_TEXT, MAX_HEADER = 2**28, 2**24, 2**15  # bytes; JSON takes many times its size in memory
+META = re.compile(r"__[^/]*__($|/)")  # what webdataset keeps for itself
+UNREADABLE = "unreadable shard"
+Location = str | Path | RemoteShard
 
 
 class BadRecord(UserError):
@@ -93,6 +98,8 @@ def parse_record(source: str, key: str, members: dict[str, bytes]) -> Record:
 
 
 def _decode(name: str, data: bytes) -> str:
+    if len(data) > MAX_TEXT:
+        raise BadRecord("too large", f"{name}: its text has {len(data)} bytes, at most {MAX_TEXT} are read.")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -115,30 +122,35 @@ def _parse_json(name: str, data: bytes) -> dict[str, Any]:
     return fields
 
 
-def member_key(name: str) -> str | None:
-    """The key of a file in a tar (all up to the first dot of its last part), or None where webdataset passes it over."""
-    key: str | None = base_plus_ext(name)[0]
-    return key
+def member_key(name: str) -> tuple[str, str] | None:
+    """Key and extension of a file in a tar: all up to the first dot of its last part, and the rest; None where webdataset passes it over."""
+    key, extension = base_plus_ext(name)
+    if key is None or META.match(name):
+        return None
+    return str(key), str(extension).lower()
 
 
-def scan_shard(path: str | Path) -> tuple["array[int]", str | None]:
-    """Where the records of a plain tar begin, from its headers alone.
+def scan_shard(path: str | Path | int) -> tuple["array[int]", str | None]:
+    """Where the records of a plain tar (a path, or an open file's descriptor) begin, from its headers alone.
 
-    Returns n + 1 byte offsets, the last being the end of the last whole record, and, for a shard that is cut short or damaged, what is wrong.
+    Returns n + 1 byte offsets, the last being the end of the last whole record, and, for a shard that is cut short or damaged, what is wrong. Raises
+    OSError where it cannot be opened.
     """
     starts: array[int] = array("q")
     end, key, damage = 0, None, None
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in _members(tar):
-                name = member_key(member.name) if member.isreg() else None
-                if name is not None and name != key:
-                    starts.append(member.offset)
-                    key = name
-                end = member.offset_data + (member.size + 511) // 512 * 512
-        damage = _ending(path, end)
-    except (tarfile.TarError, OSError) as error:
-        damage = str(error)
+    with _Headers(path, closefd=not isinstance(path, int)) as file:
+        file.seek(0)
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in _members(tar):
+                    name = member_key(member.name) if member.isreg() else None
+                    if name is not None and name[0] != key:
+                        starts.append(member.offset)
+                        key = name[0]
+                    end = tar.offset
+            damage = _ending(file, end)
+        except Exception as error:  # tarfile raises whatever a header's damage leads to
+            damage = str(error) or type(error).__name__
     if damage and starts:
         # what was read last may lack its data, or other files of the same record
         end = starts.pop()
@@ -146,61 +158,111 @@ def scan_shard(path: str | Path) -> tuple["array[int]", str | None]:
     return starts, damage
 
 
+class _Headers(io.FileIO):
+    """A tar whose headers alone are read: one that claims to be larger is damage, not to be held in memory."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size) or b""
+
+
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (member := tar.next()) is not None:
+        if tar.offset <= member.offset:  # a negative size would lead back, for ever
+            raise tarfile.ReadError(f"invalid header at byte {member.offset}")
         # a shard may hold many; tarfile would keep them all
         tar.members = []  # type: ignore[attr-defined]
         yield member
 
 
-def _ending(path: str | Path, end: int) -> str | None:
+def _ending(file: _Headers, end: int) -> str | None:
     """What is wrong with a tar whose last readable file ends at byte `end`: tarfile itself takes a damaged header for the end."""
-    with open(path, "rb") as file:
-        file.seek(0, os.SEEK_END)
-        size = file.tell()
-        file.seek(end)
-        block = file.read(512)
+    size = file.seek(0, os.SEEK_END)
+    file.seek(end)
+    block = file.read(512)
     if end > size or 0 < len(block) < 512:
         return f"unexpected end of data at byte {size}"
     return f"invalid header at byte {end}" if block.strip(b"\0") else None
 
 
+def _split_members(data: bytes) -> tuple[str, dict[str, bytes]] | None:
+    """The key and the files of the record whose bytes, headers included, these are; nothing is unpacked to a disk."""
+    key: str | None = None
+    members: dict[str, bytes] = {}
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        for member in _members(tar):
+            name = member_key(member.name) if member.isreg() and not member.issparse() else None
+            if name is not None and key in (None, name[0]):
+                key = name[0]
+                # of two files of one name the first counts, as for webdataset
+                members.setdefault(name[1], data[member.offset_data : member.offset_data + member.size])
+    return None if key is None else (key, members)
+
+
 class ShardReader:
-    """Reads any record of local shards by its number; remembers offsets and keeps some files open. One to a process."""
+    """Reads any record of shards by its number; remembers offsets and what cannot be read, and keeps some local files open. One to a process."""
 
     def __init__(self) -> None:
-        self._offsets: OrderedDict[str | Path, array[int]] = OrderedDict()
-        self._files: OrderedDict[str | Path, int] = OrderedDict()
+        self._offsets: OrderedDict[Location, array[int]] = OrderedDict()
+        self._files: OrderedDict[Location, int] = OrderedDict()
+        self._unreadable: dict[Location, str] = {}
 
-    def read(self, path: str | Path, source: str, number: int) -> Record:
-        """Record `number` of the shard at `path`. Raises BadRecord, with "missing" as cause where the shard ends before it."""
-        offsets = self._offsets.get(path)
+    def read(self, shard: Location, source: str, number: int) -> Record:
+        """Record `number` of a shard (`ShardSet.locate`).
+
+        Raises BadRecord: with the cause "missing" where the shard ends before it, "unreadable shard" where that cannot be opened or fetched, which is
+        tried once in the reader's life.
+        """
+        if shard in self._unreadable:
+            raise BadRecord(UNREADABLE, self._unreadable[shard])
+        try:
+            data = self._bytes(shard, number)
+        except UnreadableShard as error:
+            self._unreadable[shard] = str(error)
+        except OSError as error:
+            self._unreadable[shard] = f"{shard} cannot be read: {error.strerror or error}."
+        if shard in self._unreadable:
+            raise BadRecord(UNREADABLE, self._unreadable[shard])
+        try:
+            found = _split_members(data)
+        except Exception:  # as in scan_shard
+            found = None
+        if found is None:
+            raise BadRecord("missing", f"{shard}: record {number} cannot be read.")
+        key, members = found
+        return parse_record(source, key.removeprefix("./"), members)
+
+    def _bytes(self, shard: Location, number: int) -> bytes:
+        if isinstance(shard, RemoteShard):  # not kept open: the cache could not free its room
+            file = shard.open()
+            try:
+                return self._part(shard, file, number)
+            finally:
+                os.close(file)
+        if shard not in self._files:
+            self._files[shard] = os.open(shard, os.O_RDONLY)
+            if len(self._files) > MAX_OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+        return self._part(shard, self._files[shard], number)
+
+    def _part(self, shard: Location, file: int, number: int) -> bytes:
+        offsets = self._offsets.get(shard)
         if offsets is None:
-            offsets = self._offsets[path] = scan_shard(path)[0]
+            offsets = self._offsets[shard] = scan_shard(file)[0]
             if len(self._offsets) > 4096:
                 self._offsets.popitem(last=False)
         if number >= len(offsets) - 1:
             raise BadRecord(
                 "missing",
-                f"{path} holds {len(offsets) - 1} whole records, number {number} was expected; it is cut short or was changed.",
+                f"{shard} holds {len(offsets) - 1} whole records, number {number} was expected; it is cut short or was changed.",
             )
         start, stop = offsets[number], offsets[number + 1]
-        try:
-            data = os.pread(self._open(path), stop - start, start)
-        except OSError as error:
-            raise BadRecord("missing", f"{path} cannot be read: {error.strerror}.") from None
-        files = tar_file_expander([{"url": str(path), "stream": io.BytesIO(data)}], handler=ignore_and_continue)
-        for sample in group_by_keys(files, handler=ignore_and_continue):
-            members = {name: value for name, value in sample.items() if not name.startswith("__")}
-            return parse_record(source, sample["__key__"].removeprefix("./"), members)
-        raise BadRecord("missing", f"{path}: record {number} cannot be read.")
-
-    def _open(self, path: str | Path) -> int:
-        if path not in self._files:
-            self._files[path] = os.open(path, os.O_RDONLY)
-            if len(self._files) > MAX_OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-        return self._files[path]
+        if stop - start > MAX_RECORD:
+            raise BadRecord(
+                "too large", f"{shard}: record {number} has {stop - start} bytes, at most {MAX_RECORD} are read."
+            )
+        return os.pread(file, stop - start, start)
 
     def close(self) -> None:
         """Closes the files; the reader opens them again when it is used."""

@@ -1,23 +1,28 @@
 """Every record of some shards, one after another, without decoding images: for vocabularies, answer lists and the check of honest splits."""
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from vlm.data.index import ShardSet
-from vlm.data.records import BadRecord, Record, ShardReader
+from vlm.data.records import UNREADABLE, BadRecord, Record, ShardReader
+from vlm.errors import UserError
 
 
 def scan(sets: Iterable[ShardSet]) -> Iterator[Record]:
-    """The usable records in the order of the shards; those that training would count as bad are passed over."""
+    """The usable records in the order of the shards; those that training would count as bad are passed over.
+
+    Raises:
+        UserError: a whole shard cannot be read. What would be learned of the rest could differ from rank to rank.
+    """
     reader = ShardReader()
     try:
         for shards in sets:
             for shard in shards.shards:
                 for number in range(shard.samples):
                     try:
-                        yield reader.read(Path(shards.root) / shard.name, shards.source, number)
-                    except BadRecord:
-                        continue
+                        yield reader.read(shards.locate(shard), shards.source, number)
+                    except BadRecord as error:
+                        if error.cause == UNREADABLE:
+                            raise UserError(str(error)) from None
     finally:
         reader.close()
 
