@@ -1,7 +1,8 @@
 """The main job in one go, offline, on drawn scenes: python demos/quickstart.py [--out DIR] [--train N] [--val N]
 
 Draws scenes with exact captions and questions into shards, pretrains a tiny model, fine-tunes it for captioning and for VQA, evaluates both on
-held-out scenes beside their baselines, captions held-out scenes, and draws a picture of all that. Each step is a command that you can run yourself.
+held-out scenes beside their baselines, captions held-out scenes, and draws a picture of all that; then captions photographs with the checkpoint in
+demos/model. Each step is a command that you can run yourself.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = 8
+PHOTOGRAPHS = str(ROOT / "demos/images")
 MARK = ".quickstart"  # a folder with this file in it was made here and may be made anew
 
 
@@ -100,10 +102,16 @@ def quickstart(out: Path, train: int, val: int, epochs: float | None) -> None:
 
     stage(7, "Caption held-out scenes with demos/caption.py")
     images = extract(scenes / "val", out / "images")
-    captions = caption(f"{out}/images", "--model", f"{out}/captioning/latest")
+    captions = demo("caption", f"{out}/images", "--model", f"{out}/captioning/latest")
     picture = draw(out, images, captions)
+
+    stage(8, "Caption photographs, and ask about them, with the checkpoint that comes with vlm")
+    demo("caption", PHOTOGRAPHS)
+    demo("contact_sheet", PHOTOGRAPHS, "--out", f"{out}/photographs.png")
     seconds = time.perf_counter() - start
-    print(f"\nDone in {seconds:.0f} s. The run is in {out}; curves, captions and answers are in {picture}")
+    print(
+        f"\nDone in {seconds:.0f} s. The run is in {out}; curves, captions and answers are in {picture} and {out}/photographs.png"
+    )
 
 
 def make_anew(out: Path) -> None:
@@ -148,15 +156,15 @@ def command(module: str, *arguments: str) -> None:
         raise Stopped(f"python -m {module}", status)
 
 
-def caption(*arguments: str) -> list[str]:
-    """Runs demos/caption.py in a process of its own; its lines."""
-    print(f"$ python demos/caption.py {shlex.join(arguments)}", flush=True)
+def demo(name: str, *arguments: str) -> list[str]:
+    """Runs demos/NAME.py in a process of its own; its lines."""
+    print(f"$ python demos/{name}.py {shlex.join(arguments)}", flush=True)
     done = subprocess.run(
-        [sys.executable, str(ROOT / "demos/caption.py"), *arguments], stdout=subprocess.PIPE, text=True
+        [sys.executable, str(ROOT / f"demos/{name}.py"), *arguments], stdout=subprocess.PIPE, text=True
     )
     print(done.stdout, end="")
     if done.returncode:
-        raise Stopped("python demos/caption.py", done.returncode)
+        raise Stopped(f"python demos/{name}.py", done.returncode)
     return done.stdout.splitlines()
 
 
