@@ -1,5 +1,6 @@
 """demos/quickstart.py: the whole way, scaled down; the full size is what `make demo` runs."""
 
+import itertools
 import os
 import re
 import runpy
@@ -28,17 +29,25 @@ def table(lines: list[str]) -> dict[str, float]:
     return {row[1].strip(): float(row[2]) for row in rows if row}
 
 
+def said(lines: list[str], of: str) -> list[str]:
+    """The lines that demos/caption.py printed for these arguments."""
+    rest = lines[lines.index(f"$ python demos/caption.py {of}") + 1 :]
+    return list(itertools.takewhile(lambda line: line and not line.startswith("$ "), rest))
+
+
 def check_outcome(out: Path, lines: list[str]) -> dict[str, float]:
-    """The end names the run folder and the picture, which opens; one caption for each picture; the table."""
+    """The end names the run folder and the pictures, which open; one caption for each image, of scenes and of photographs; the table."""
+    pictures = rf"{out}/quickstart\.png and {out}/photographs\.png"
     assert re.fullmatch(
-        rf"Done in \d+ s\. The run is in {out}; curves, captions and answers are in {out}/quickstart\.png", lines[-1]
+        rf"Done in \d+ s\. The run is in {out}; curves, captions and answers are in {pictures}", lines[-1]
     )
-    with Image.open(out / "quickstart.png") as image:
-        image.load()
-        assert image.format == "PNG"
+    for name in ("quickstart.png", "photographs.png"):
+        with Image.open(out / name) as image:
+            image.load()
+            assert image.format == "PNG"
     images = sorted((out / "images").iterdir())
-    captions = lines[lines.index(f"$ python demos/caption.py {out}/images --model {out}/captioning/latest") + 1 : -2]
-    assert len(captions) == len(images)
+    assert len(said(lines, f"{out}/images --model {out}/captioning/latest")) == len(images)
+    assert len(said(lines, str(ROOT / "demos/images"))) == len(list((ROOT / "demos/images").glob("*.jpg")))
     for name in ("pretrain", "captioning", "vqa", "vqa_question_only"):
         assert (out / name / "latest/model.safetensors").exists()
     scores = table(lines)
@@ -59,7 +68,7 @@ def test_the_whole_way_scaled_down(demo: Demo, tmp_path: Path) -> None:
     done = demo("quickstart", "--out", tmp_path / "run", "--train", 64, "--val", 6, "--epochs", 1)
     assert done.status == 0
     titles = [line for line in done.out if line.startswith("=== ")]
-    assert [title.split(".")[0] for title in titles] == [f"=== {number}" for number in range(1, 8)]
+    assert [title.split(".")[0] for title in titles] == [f"=== {number}" for number in range(1, 9)]
     scores = check_outcome(tmp_path / "run", done.out)
     assert all(0 <= value <= 100 for name, value in scores.items() if name.endswith("%"))
     assert sum(" samples/s | data wait " in line for line in done.err) >= 4, "each training says how fast it is"
