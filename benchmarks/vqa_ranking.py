@@ -1,7 +1,7 @@
 """Exact ranking of answers by best-first search, beside two others: python benchmarks/vqa_ranking.py --model DIR --shards FOLDER [--answers 3128]
 
-"all": every answer of the list is read, in batches, the question once. "pruned": BLIP's form (models/blip_vqa.py, rank_answers), the 128 answers with
-the likeliest first tokens are read; an answer that begins otherwise cannot win. Winners and scores are compared with "all" first, in float32; then
+"all": every answer of the list is read, padded to the longest, in batches, the question once. "pruned": BLIP's form (models/blip_vqa.py,
+rank_answers), the 128 answers with the likeliest first tokens are read; an answer that begins otherwise cannot win. Winners and scores are compared with "all" first, in float32; then
 all are timed in turn. Questions are answered one at a time and in batches, images are encoded beforehand. Prints a Markdown table.
 """
 
@@ -9,7 +9,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -21,8 +21,14 @@ def main() -> int:
     parser.add_argument("--model", required=True, metavar="DIR", help="a checkpoint that answers questions")
     parser.add_argument("--shards", required=True, metavar="FOLDER", help="shards with questions")
     parser.add_argument("--answers", type=int, default=3128, metavar="N", help="of the checkpoint's list (%(default)s)")
-    parser.add_argument("--questions", type=int, default=64, metavar="N", help="default: %(default)s")
-    parser.add_argument("--runs", type=int, default=5, metavar="N", help="of each way, for the median (%(default)s)")
+    parser.add_argument(
+        "--questions",
+        type=int,
+        default=8,
+        metavar="N",
+        help="reading the whole list takes seconds each (default: %(default)s)",
+    )
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="of each way, for the median (%(default)s)")
     parser.add_argument("--device", metavar="D", help="cpu or cuda (default: a GPU where there is one)")
     given = parser.parse_args()
     for name in ("answers", "questions", "runs"):
@@ -40,7 +46,7 @@ def main() -> int:
     return 0
 
 
-def report(given: argparse.Namespace) -> Any:
+def report(given: argparse.Namespace) -> Iterator[str]:
     """Lines to print.
 
     Raises:

@@ -278,7 +278,7 @@ def training_images(sets: Sequence[ShardSet], init_from: str | None) -> Tensor |
 
     if sum(s.samples for s in sets) > CHECKED_IMAGES:
         return None
-    before = read_trained_on(Path(init_from)) if init_from is not None else None
+    before = read_trained_on(local_folder(init_from)) if init_from is not None else None
     ids = image_ids(sets) | (set(before.tolist()) if before is not None else set())
     return torch.tensor(sorted(ids), dtype=torch.long)
 

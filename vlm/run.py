@@ -273,8 +273,9 @@ def _named(sets: Sequence[ShardSet]) -> dict[str, ShardSet]:
 
 def _answer_list(config: Config, sets: Sequence[ShardSet]) -> list[str]:
     if not answers_questions(config):  # a stage on captions alone does not forget which answers the model knows
-        goes_on = config.task == "pretraining" and config.init_from is not None
-        return read_answers(Path(str(config.init_from))) if goes_on else []
+        if config.task != "pretraining" or config.init_from is None:
+            return []
+        return read_answers(local_folder(config.init_from))
     from vlm.tasks.vqa import answer_list
 
     if config.vqa.inference == "generate":

@@ -171,9 +171,9 @@ class Pretraining(Task):
         again, those of the embeddings alone beside.
         """
         found = self._retrieve(records)
-        scores = _recalls(found.final)
+        scores = found.final.named()
         if found.final is not found.embeddings:
-            scores |= {f"embeddings_{name}": value for name, value in _recalls(found.embeddings).items()}
+            scores |= {f"embeddings_{name}": value for name, value in found.embeddings.named().items()}
         return {**scores, "images": float(len(found.final.image_ranks))}
 
     def intervals(self, records: Sequence[Record]) -> dict[str, tuple[float, float]]:
@@ -213,9 +213,3 @@ class Retrieved:
     embeddings: RetrievalScores
     final: RetrievalScores
     owner: NDArray
-
-
-def _recalls(found: RetrievalScores) -> dict[str, float]:
-    to_text = {f"TR_R@{k}": value for k, value in found.image_to_text.items()}
-    to_image = {f"IR_R@{k}": value for k, value in found.text_to_image.items()}
-    return {**to_text, **to_image, "mean_R@1": (to_text["TR_R@1"] + to_image["IR_R@1"]) / 2}
