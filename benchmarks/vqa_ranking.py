@@ -1,8 +1,9 @@
 """Exact ranking of answers by best-first search, beside two others: python benchmarks/vqa_ranking.py --model DIR --shards FOLDER [--answers 3128]
 
 "all": every answer of the list is read, padded to the longest, in batches, the question once. "pruned": BLIP's form (models/blip_vqa.py,
-rank_answers), the 128 answers with the likeliest first tokens are read; an answer that begins otherwise cannot win. Winners and scores are compared with "all" first, in float32; then
-all are timed in turn. Questions are answered one at a time and in batches, images are encoded beforehand. Prints a Markdown table.
+rank_answers), the 128 answers with the likeliest first tokens are read; an answer that begins otherwise cannot win. Winners and scores are compared
+with "all" first, in float32; then all are timed in turn. Questions are answered one at a time and in batches, images are encoded beforehand.
+Prints a Markdown table.
 """
 
 import argparse
