@@ -110,12 +110,14 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
         )
         return 0 if "--help" in overrides or "-h" in overrides else 2
     config = load_config(arguments.config, overrides)
-    from vlm.run import dry_run, train
-    from vlm.train.trainer import StoppedOnRequest
-
     if arguments.dry_run:
+        from vlm.dry_run import dry_run
+
         dry_run(config)
         return 0
+    from vlm.run import train
+    from vlm.train.trainer import StoppedOnRequest
+
     try:
         train(config, resume=arguments.resume == "auto")
     except StoppedOnRequest:
@@ -126,7 +128,7 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from vlm.run import evaluate
+    from vlm.evaluation import evaluate
     from vlm.settings import load_config
 
     evaluate(

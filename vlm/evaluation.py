@@ -1,0 +1,177 @@
+"""What `vlm evaluate` does, and a run's evaluations while it trains: predictions, scores, intervals, baselines, and where they come from."""
+
+import dataclasses
+import json
+import platform
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from vlm.build import Parts, build_task, check_held_out, evaluation_loader, load_sets
+from vlm.checkpoint import read_answers, read_trained_on
+from vlm.config import Config
+from vlm.data.index import ShardSet
+from vlm.data.loader import Loader
+from vlm.data.scan import scan
+from vlm.data.text import Tokenizer
+from vlm.errors import UserError
+from vlm.hub import local_folder
+from vlm.memory import keep_freed_memory
+from vlm.model.pretrained import load_pretrained
+from vlm.tasks.task import Record, Task
+from vlm.train import distributed
+from vlm.train.distributed import Ranks
+from vlm.train.report import number, replace_text, say
+
+PACKAGES = ("torch", "torchvision", "timm", "tokenizers", "webdataset", "pillow")
+
+
+def start() -> Ranks:
+    """Joins the ranks, if torchrun started several."""
+    ranks = distributed.start()
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
+    return ranks
+
+
+def evaluate_loader(
+    task: Task, loader: Loader, ranks: Ranks, title: str, images: int | None = None
+) -> tuple[dict[str, float], list[Record]]:
+    """Scores and records of one set, or of about its first `images` images; each record counted once over all ranks."""
+    records: list[Record] = []
+    steps = loader.steps
+    if images is not None:
+        steps = min(steps, -(-images // loader.batch_size))
+    pause = 0.1 if sys.stderr.isatty() else 20.0  # a log file wants few lines
+    with tqdm(total=steps, desc=title, unit="batch", disable=not ranks.main, leave=False, mininterval=pause) as bar:
+        for index, batch in enumerate(loader.iterate(0)):
+            if index == steps:
+                break
+            records += task.predict(batch.to(ranks.device))
+            bar.update()
+    records = ranks.gather(records)
+    scores = task.evaluate(records)
+    left_out: Counter[str] = Counter()
+    for part in ranks.gather([dict(loader.bad)]):
+        left_out.update(part)
+    if left_out:
+        scores["left_out"] = float(left_out.total())
+        scores |= {f"left_out/{cause}": float(count) for cause, count in sorted(left_out.items())}
+    if ranks.main:
+        say(f"{title}: " + ", ".join(f"{name} {number(value)}" for name, value in scores.items()))
+    return scores, records
+
+
+def evaluate(config: Config, checkpoint: Path, split: str, out: Path) -> dict[str, Any]:
+    """Scores of a checkpoint on a split; writes predictions.json in the official form and results.json into `out`.
+
+    Raises:
+        UserError: the split is empty or was trained on, a file is missing.
+    """
+    folders = getattr(config.data.splits, split)
+    held_out = load_sets(folders, f"data.splits.{split}", config.data.cache)
+    ranks = start()
+    try:
+        checkpoint = local_folder(checkpoint)
+        model, _ = load_pretrained(checkpoint)
+        parts = Parts(dataclasses.replace(config, model=model.config), Tokenizer.load(checkpoint), model)
+        trained_on = read_trained_on(checkpoint)
+        for shards in held_out if split != "train" else ():
+            check_held_out(trained_on, shards, config.data.allow_overlap)
+        task = build_task(parts.config, parts, read_answers(checkpoint)).to(ranks.device).eval()
+        scores: dict[str, Any] = {}
+        intervals: dict[str, dict[str, tuple[float, float]]] = {}
+        predictions: list[Record] = []
+        for name, shards in named(held_out).items():
+            loader = evaluation_loader(config, parts, shards, ranks)
+            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+                scores[name], records = evaluate_loader(task, loader, ranks, f"{split} of {name}")
+            if config.task == "vqa":
+                scores[name] |= _counting_baselines(config, records, name)
+            predictions += task.official(records)
+            intervals[name] = task.intervals(records)
+            told = (f"{key} {number(low)} to {number(high)}" for key, (low, high) in intervals[name].items())
+            if intervals[name] and ranks.main:
+                say(f"95 % intervals, {name}: " + ", ".join(told))
+        if ranks.main:
+            write_json(out / "predictions.json", predictions)
+            write_json(
+                out / "results.json",
+                {
+                    "split": split,
+                    "checkpoint": str(checkpoint),
+                    "scores": scores,
+                    "intervals": intervals,
+                    **provenance(config),
+                },
+            )
+            say(f"wrote {out / 'predictions.json'} ({len(predictions)} predictions) and {out / 'results.json'}")
+        return scores
+    finally:
+        distributed.stop()
+
+
+def _counting_baselines(config: Config, records: Sequence[Record], name: str) -> dict[str, float]:
+    """What counting training answers alone would score: the commonest one, and the commonest for a question's first words."""
+    from vlm.metrics.baselines import fit_question_type_baseline
+    from vlm.metrics.vqa import accuracy
+
+    try:
+        sets = load_sets(config.data.splits.train, "data.splits.train", config.data.cache)
+    except UserError as error:  # a model may be scored where its training data are not
+        say(f"no baselines by counting training answers: {error}")
+        return {}
+    records = [r for r in records if r["references"]]
+    trained = [q for record in scan(sets) for q in record.questions if q.get("answers")]
+    if not records or not trained:
+        return {}
+    by_type = fit_question_type_baseline([q["question"] for q in trained], [q["answers"] for q in trained])
+    guesses = {
+        "baseline/commonest_answer": lambda _: by_type.overall,
+        "baseline/by_first_words": by_type.answer,
+    }
+    found = {
+        key: 100 * sum(accuracy(guess(r["question"]), r["references"]) for r in records) / len(records)
+        for key, guess in guesses.items()
+    }
+    say(
+        f"without any model, {name}: "
+        + ", ".join(f"{key.removeprefix('baseline/')} {number(value)}" for key, value in found.items())
+    )
+    return found
+
+
+def provenance(config: Config) -> dict[str, Any]:
+    """Settings, commit and versions: what a score needs to be believed."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    try:
+        here = Path(__file__).parent
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {"config": dataclasses.asdict(config), "commit": commit, "versions": versions}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def named(sets: Sequence[ShardSet]) -> dict[str, ShardSet]:
+    """Sets by source, with their folders where a source comes twice."""
+    sources = [shards.source for shards in sets]
+    return {s.source if sources.count(s.source) == 1 else s.root: s for s in sets}
