@@ -350,3 +350,23 @@ def test_width_brings_the_feature_map_to_another_width_and_is_trained_beside_a_f
 def test_width_is_refused_where_there_is_no_feature_map() -> None:
     with pytest.raises(ConfigError, match=r"image\.width=24.*test_vit"):
         ImageEncoder(ImageConfig(name="test_vit", width=24))
+
+
+def test_bf16_training_on_a_cpu_takes_plain_attention_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SDPA's backward is slow there; everything else keeps SDPA."""
+    calls: list[int] = []
+    sdpa = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or sdpa(*a, **k))
+    encoder, images = build("test_vit", checkpointing=True), pixels(160)
+    exact = encoder(images)
+    assert calls
+    calls.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = encoder(images)
+    tokens.sum().backward()  # recomputes
+    assert not calls
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        fused = encoder(images)
+    assert calls
+    near = (tokens - exact).norm() / exact.norm(), (fused - exact).norm() / exact.norm()
+    assert max(near) < 2e-2 and near[0] < 2 * near[1]

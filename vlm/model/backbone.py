@@ -4,6 +4,7 @@ import difflib
 from typing import Any
 
 import timm
+import torch
 from timm.layers.patch_dropout import PatchDropout, PatchDropoutWithIndices
 from torch import nn
 
@@ -63,3 +64,17 @@ def set_norm_eps(backbone: nn.Module, eps: float) -> None:
     for module in backbone.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = eps
+
+
+def choose_attention(backbone: nn.Module) -> None:
+    """Lets timm's attention layers take three plain operations in bf16 training on a CPU, SDPA everywhere else: see `vlm.model.attention`.
+
+    Not undone after the forward pass, because layers that recompute their activations in the backward pass must take the same way again.
+    """
+    device = next(backbone.parameters()).device.type
+    bf16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+    plain = device == "cpu" and bf16 and torch.is_grad_enabled()
+    for module in backbone.modules():
+        if hasattr(module, "fused_attn"):
+            fused = module.__dict__.setdefault("fused_by_default", module.fused_attn)
+            module.fused_attn = fused and not plain

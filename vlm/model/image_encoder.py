@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from vlm.config import ImageConfig
 from vlm.errors import ConfigError
-from vlm.model.backbone import create_backbone, keep_stages, set_norm_eps
+from vlm.model.backbone import choose_attention, create_backbone, keep_stages, set_norm_eps
 from vlm.model.folding import fold_frozen, weights_key
 from vlm.model.image_weights import load_weights
 from vlm.model.patches import hiding, patch_side
@@ -177,10 +177,8 @@ class ImageEncoder(nn.Module):
         """
         self._check(images)
         x = self.normalize(images)
-        if self.frozen:
-            with torch.no_grad():
-                x = self._features(x)
-        else:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            choose_attention(self.backbone)
             x = self._features(x)
         if self.positions is None:
             return x
