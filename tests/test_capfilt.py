@@ -1,8 +1,10 @@
 """Drawn captions: no more than asked, filtered where asked, everything else as it was, the same after a stop; and pairs judged by a model."""
 
+import io
 import json
 import os
 import signal
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +15,10 @@ from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProc
 from vlm.capfilt import caption, filter_by_model, fingerprint
 from vlm.cli import main
 from vlm.config import GenerationConfig
-from vlm.data.filter import Rules
+from vlm.data.filter import Rules, filter_shards
 from vlm.data.images import decode_image
 from vlm.data.index import ShardSet, load_index
+from vlm.data.join import join
 from vlm.data.scan import scan
 from vlm.data.shards import ShardWriter
 from vlm.data.synthetic import write_scenes
@@ -72,6 +75,50 @@ def test_every_image_gets_one_more(shards: ShardSet, tmp_path: Path) -> None:
     for old, new in zip(scan([shards]), scan([load_index(tmp_path / "more")]), strict=True):
         assert new.captions == [*old.captions, "a caption"]
         assert (new.key, new.image, new.questions, new.image_id) == (old.key, old.image, old.questions, old.image_id)
+
+
+def test_made_captions_are_marked_and_stay_so(shards: ShardSet, tmp_path: Path) -> None:
+    caption(Speaker(["a caption"]), shards, tmp_path / "one")
+    caption(Speaker(["another one"]), load_index(tmp_path / "one"), tmp_path / "two")
+    first = list(scan([load_index(tmp_path / "two")]))
+    for old, new in zip(scan([shards]), first, strict=True):
+        assert old.synthetic == []
+        assert new.captions == [*old.captions, "a caption", "another one"]
+        assert new.synthetic == ["a caption", "another one"]
+    filter_shards(load_index(tmp_path / "two"), tmp_path / "kept", Rules(max_words=2))
+    assert {text for record in scan([load_index(tmp_path / "kept")]) for text in record.captions} == {
+        "a caption",
+        "another one",
+    }
+    assert all(record.synthetic == record.captions for record in scan([load_index(tmp_path / "kept")]))
+    join([shards, load_index(tmp_path / "two")], tmp_path / "joined")
+    assert [r.synthetic for r in scan([load_index(tmp_path / "joined")])] == [r.synthetic for r in first]
+    with ShardWriter(tmp_path / "people", "toy") as writer:  # what somebody said is no model's, even if one says it too
+        for record in first:
+            writer.write(record.key, record.image, "png", ["another one"], (), record.name)
+    join([load_index(tmp_path / "two"), load_index(tmp_path / "people")], tmp_path / "both")
+    assert all(record.synthetic == ["a caption"] for record in scan([load_index(tmp_path / "both")]))
+
+
+def test_images_without_a_text_get_one(shards: ShardSet, tmp_path: Path) -> None:
+    """As they come out of a camera; where nothing fits them, or they cannot be decoded, they are left out and told."""
+    images = [record.image for record in scan([shards])]
+    (tmp_path / "bare").mkdir()
+    with tarfile.open(tmp_path / "bare/00000.tar", "w") as tar:
+        for number, data in enumerate([*images, b"no image"]):
+            info = tarfile.TarInfo(f"i{number}.png")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    bare = load_index(tmp_path / "bare")
+    assert list(scan([bare])) == [], "training has no use for them"
+    done = caption(Speaker(["a caption"]), bare, tmp_path / "out")
+    assert (done.images, done.bad, done.bare) == (4, 0, 1)
+    assert str(done).endswith("; 1 images left out, which have no text")
+    found = list(scan([load_index(tmp_path / "out")]))
+    assert [(r.image, r.captions, r.synthetic) for r in found] == [(i, ["a caption"], ["a caption"]) for i in images]
+    with pytest.raises(UserError, match="no image has a text"):
+        caption(Speaker([""]), bare, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_fits_is_added_up_to_the_number_asked_for(shards: ShardSet, tmp_path: Path) -> None:

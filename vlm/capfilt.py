@@ -32,18 +32,20 @@ Opened = tuple[int, Record, Image.Image]  # its row in the batch
 @dataclass(frozen=True)
 class Captioned:
     """What came of it. images: written; bad: records that could not be; added: captions written beside the given ones; drawn: candidates looked at;
-    threshold: the least similarity kept, None where all were."""
+    threshold: the least similarity kept, None where all were; bare: images that had no text and got none, which are left out."""
 
     images: int
     bad: int
     added: int
     drawn: int
     threshold: float | None
+    bare: int = 0
 
     def __str__(self) -> str:
         least = "" if self.threshold is None else f" (similarity at least {self.threshold:.3f})"
         bad = f"; {self.bad:,} unusable records left out" if self.bad else ""
-        return f"{self.images:,} images, {self.added:,} captions added of {self.drawn:,} drawn{least}{bad}"
+        bare = f"; {self.bare:,} images left out, which have no text" if self.bare else ""
+        return f"{self.images:,} images, {self.added:,} captions added of {self.drawn:,} drawn{least}{bad}{bare}"
 
 
 def caption(
@@ -55,7 +57,8 @@ def caption(
     seed: int = 0,
     batch_size: int = 32,
 ) -> Captioned:
-    """Writes the records of `shards` into `out`, each with one caption more; or, with `below`, up to that many in all.
+    """Writes the records of `shards` into `out`, each with one caption more, marked as synthetic; or, with `below`, up to that many in all. Images
+    that have no text are captioned too.
 
     Of an image's captions the first is searched as the checkpoint says, others are drawn (nucleus 0.9); one that repeats another is left out, and an
     image that cannot be decoded keeps the captions that it has. With `quantile` one more is drawn than is needed, and the most similar to the image
@@ -75,22 +78,28 @@ def caption(
     writer = rewriting(shards, out)
     compared = quantile is not None
     settings = {"model": fingerprint(predictor), "below": below, "filter": compared, "seed": seed}
-    log = WorkLog(shards, out, settings, batch_size)
+    log = WorkLog(shards, out, settings, batch_size, bare=True)
     log.fill(lambda batch: _draw(predictor, batch, below, compared, seed), "captioning")
     given = array("d", (value for result in log.results() for value in result["given"]))
     threshold = float(np.quantile(given, quantile)) if quantile is not None else None
-    images = added = drawn = 0
+    images = added = drawn = bare = 0
     with writer:
         for (_, record), result in zip(
-            progress(walk(shards, strict=True), shards, "writing"), log.results(), strict=True
+            progress(walk(shards, strict=True, bare=True), shards, "writing"), log.results(), strict=True
         ):
             if isinstance(record, BadRecord):
                 continue
             new = _best(result["drawn"], threshold)[: _room(record, below)]
-            copy(writer, record, [*record.captions, *new])
-            images, added, drawn = images + 1, added + len(new), drawn + len(result["drawn"])
+            drawn += len(result["drawn"])
+            if not (record.captions or record.questions or new):
+                bare += 1
+                continue
+            copy(writer, record, [*record.captions, *new], new)
+            images, added = images + 1, added + len(new)
+        if not images:
+            raise UserError(f"nothing would be left of {shards.root}, so nothing was written: no image has a text.")
     log.remove()
-    return Captioned(images, shards.samples - images, added, drawn, threshold)
+    return Captioned(images, shards.samples - images - bare, added, drawn, threshold, bare)
 
 
 def filter_by_model(

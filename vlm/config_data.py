@@ -42,8 +42,13 @@ class DataConfig:
     """Copies of remote shards."""
     batch_size: int = 64
     """Images in one optimizer step, over all ranks and accumulated micro-batches."""
-    streams: int = 64
-    """Number of streams that the epoch's order is cut into; divisible by the number of ranks."""
+    order: Literal["exact", "resampled"] = "exact"
+    """exact: each record once an epoch, from shards that are counted; resampled: drawn with replacement, counted or not (docs/data.md)."""
+    epoch_samples: int | None = None
+    """Records of an epoch of order=resampled, which has no length of its own."""
+    streams: int | None = None
+    """Number of streams that the epoch's order is cut into; divisible by the number of ranks. null: batch_size, or its first multiple from 64 on; 64
+    with remote shards."""
     shuffle_block: int = 1000
     """Records permuted together inside a stream."""
     workers: int = 2

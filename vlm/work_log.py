@@ -27,13 +27,15 @@ class WorkLog:
     A log of the same settings is gone on with. The same places are in a batch whenever it is done, so a stop changes nothing in the results.
     """
 
-    def __init__(self, shards: ShardSet, out: Path, settings: dict[str, Any], batch_size: int = 32) -> None:
-        """settings: JSON; all that the results depend on beside the shards.
+    def __init__(
+        self, shards: ShardSet, out: Path, settings: dict[str, Any], batch_size: int = 32, bare: bool = False
+    ) -> None:
+        """settings: JSON; all that the results depend on beside the shards. bare: images without a text are worked on too.
 
         Raises:
             UserError: there is a log of other settings, or it cannot be written.
         """
-        self.shards, self.batch_size = shards, batch_size
+        self.shards, self.batch_size, self.bare = shards, batch_size, bare
         self.path = out.absolute().with_name(f".{out.name}.begun.jsonl")
         held = [[shard.name, shard.samples, shard.bytes] for shard in shards.shards]
         given = {**settings, "batch_size": batch_size, "shards": held}
@@ -52,7 +54,7 @@ class WorkLog:
             Stopped: on SIGTERM, SIGUSR1 or Ctrl-C, after the batch.
         """
         first = min(self._done * self.batch_size, self.shards.samples)
-        found = walk(self.shards, first, strict=True)
+        found = walk(self.shards, first, strict=True, bare=self.bare)
         with (
             StopRequest() as stop,
             self.path.open("a", encoding="utf-8") as file,

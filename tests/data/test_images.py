@@ -198,7 +198,6 @@ def test_reduced_decoding_keeps_enough_pixels() -> None:
     assert decode_image(data, at_least=300).size == (400, 300)
     assert decode_image(data, at_least=301).size == (800, 600)
     assert decode_image(data, at_least=5000).size == (1600, 1200)
-    assert EvaluationTransform(224).at_least is None
 
 
 def test_evaluation_squashes_the_whole_image_as_transformers_blip() -> None:

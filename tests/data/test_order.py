@@ -1,14 +1,19 @@
 """The epoch's order is a permutation, cut as documented, and depends on nothing but its arguments."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlm.config import Config, DataConfig
 from vlm.data.index import ShardInfo, ShardSet
-from vlm.data.order import EpochOrder, batch_places, check_split
+from vlm.data.order import EpochOrder, automatic_streams, batch_places, check_split
 from vlm.data.random import keyed_generator, keyed_random, keyed_seed
 from vlm.errors import ConfigError
+from vlm.order_settings import as_begun, streams_of
+from vlm.settings import config_to_yaml
 
 
 def sets_of(*sizes: list[int]) -> list[ShardSet]:
@@ -123,3 +128,27 @@ def test_keyed_random_leaves_the_global_generator_as_it_was() -> None:
         raise RuntimeError
     torch.manual_seed(0)
     assert torch.equal(torch.rand(2), want)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 48, 64, 65, 96, 256, 4096])
+def test_the_automatic_streams_are_shared_by_all_ranks_that_share_a_batch(batch_size: int) -> None:
+    """And every batch takes as many records of each stream, or one of each of a part that is as large as the others'."""
+    streams = automatic_streams(batch_size, remote=False)
+    assert 64 <= streams < max(65, batch_size + 64)
+    for world in range(1, batch_size + 1):
+        if batch_size % world == 0:
+            check_split(streams, batch_size, world)
+    assert automatic_streams(batch_size, remote=True) == 64
+
+
+def test_a_run_goes_on_with_the_streams_that_it_began_with(tmp_path: Path) -> None:
+    config = Config(data=DataConfig(batch_size=256))
+    assert streams_of(as_begun(config, tmp_path).data, []) == 256
+    (tmp_path / "config.yaml").write_text(config_to_yaml(config))
+    assert streams_of(as_begun(config, tmp_path).data, []) == 256
+    (tmp_path / "config.yaml").write_text(config_to_yaml(Config(data=DataConfig(batch_size=256, streams=64))))
+    assert streams_of(as_begun(config, tmp_path).data, []) == 64
+    asked = Config(data=DataConfig(batch_size=256, streams=128))
+    assert streams_of(as_begun(asked, tmp_path).data, []) == 128
+    remote = ShardSet("https://host", "s", ())
+    assert streams_of(config.data, [remote]) == 64

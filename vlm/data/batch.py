@@ -14,6 +14,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+SET_WEIGHT = "set_weight"
+"""Key in a text's source: the weight of the set that it comes from, where that is not 1."""
+
 
 class _Tensors:
     """Moves every tensor of a dataclass, and of the dataclasses inside it, at once."""
@@ -98,6 +101,14 @@ class Batch(_Tensors):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def weight(self) -> Tensor:
+        """(T,) float32: the texts' weights times those of the sets that they come from, for a loss that is divided by the texts' weights alone."""
+        if not any(SET_WEIGHT in source for source in self.sources):
+            return self.texts.weight
+        weights = [source.get(SET_WEIGHT, 1.0) for source in self.sources]
+        return self.texts.weight * torch.tensor(weights, dtype=torch.float32).to(self.texts.weight.device)
 
     def lengthened(self, length: int, pad_id: int) -> "Batch":
         """The same with texts of `length` tokens, padded at their ends; the batch itself where that is their length."""

@@ -28,6 +28,7 @@ def sample_encoder(
         max_question_tokens=data.max_tokens,
         max_answer_tokens=data.max_answer_tokens,
         texts_per_image=data.texts_per_image if training else "all",
+        set_weights=config.vqa.set_weights,
         seed=config.seed,
     )
     if config.task == "vqa":

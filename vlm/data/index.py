@@ -49,6 +49,8 @@ class ShardSet:
     shards: tuple[ShardInfo, ...]
     cache: CacheConfig = field(default_factory=CacheConfig)
     """Where copies of remote shards are kept."""
+    counted: bool = True
+    """Whether the numbers of records are known (`list_shards`)."""
 
     def locate(self, shard: ShardInfo) -> Location:
         """What `ShardReader.read` finds the shard by."""
@@ -108,6 +110,16 @@ def load_index(path: str | Path, cache: CacheConfig | None = None) -> ShardSet:
             f"{folder} lacks {missing[0]} ({len(missing)} shards of its index); copy it there or run `vlm shards index {folder}`."
         )
     return known
+
+
+def list_shards(path: str | Path, cache: CacheConfig | None = None) -> ShardSet:
+    """As `load_index`; but the shards of a remote brace pattern are taken as it names them, not counted, and no index is looked for."""
+    text = str(path)
+    names = [name for found in PATTERN.findall(text) for name in braceexpand(found)] if is_remote(text) else []
+    if not names:
+        return load_index(path, cache)
+    root, source = _remote_place(text)[:2]
+    return ShardSet(root, source, tuple(ShardInfo(n, 0, 0) for n in names), cache or CacheConfig(), counted=False)
 
 
 def write_index(folder: str | Path, source: str | None = None) -> ShardSet:
@@ -190,16 +202,7 @@ def _load_given(path: Path, cache: CacheConfig) -> ShardSet:
 
 def _load_remote(text: str, cache: CacheConfig) -> ShardSet:
     """The shards of an address or command. Names that are read from it are used in addresses only: a command takes those of its own pattern."""
-    found = list(PATTERN.finditer(text))
-    if len(found) > 1 or (text.startswith("pipe:") and not found):
-        raise UserError(
-            f"{text}: expected one file name or brace pattern that ends in .tar, such as {{00000..00331}}.tar."
-        )
-    before, after, names = text.rstrip("/") + "/", "", None
-    if found:
-        before, after, names = text[: found[0].start()], text[found[0].end() :], list(braceexpand(found[0][0]))
-    root = before.rstrip("/") if not after else f"{before}{SHARD}{after}"
-    source = before.rstrip("/").rsplit("/", 1)[-1].rsplit(" ", 1)[-1]
+    root, source, before, after, names = _remote_place(text)
     try:
         known = _remote_index(before, after, root, source, names, cache)
     except (Refused, Interrupted, ValueError, KeyError, TypeError) as error:
@@ -213,6 +216,20 @@ def _load_remote(text: str, cache: CacheConfig) -> ShardSet:
             )
         known = replace(known, shards=tuple(listed[n] for n in names))
     return replace(known, cache=cache)
+
+
+def _remote_place(text: str) -> tuple[str, str, str, str, list[str] | None]:
+    """Root and source of an address or command, what stands before and after its pattern, and the names that this gives."""
+    found = list(PATTERN.finditer(text))
+    if len(found) > 1 or (text.startswith("pipe:") and not found):
+        raise UserError(
+            f"{text}: expected one file name or brace pattern that ends in .tar, such as {{00000..00331}}.tar."
+        )
+    before, after, names = text.rstrip("/") + "/", "", None
+    if found:
+        before, after, names = text[: found[0].start()], text[found[0].end() :], list(braceexpand(found[0][0]))
+    root = before.rstrip("/") if not after else f"{before}{SHARD}{after}"
+    return root, before.rstrip("/").rsplit("/", 1)[-1].rsplit(" ", 1)[-1], before, after, names
 
 
 def _remote_index(

@@ -37,10 +37,12 @@ def join(sets: Sequence[ShardSet], out: Path) -> Joined:
             f"the folders come from different sources ({', '.join(sources)}), so no image is in two of them; list them all in data.splits.train."
         )
     texts: dict[int, tuple[list[str], list[dict[str, Any]]]] = {}
+    given: dict[int, set[str]] = {}  # captions that no model made, in one record at least
     counts: Counter[int] = Counter()
     for record in scan(sets):
         captions, questions = texts.setdefault(record.image_id, ([], []))
         captions += [text for text in record.captions if text not in captions]
+        given.setdefault(record.image_id, set()).update(set(record.captions) - set(record.synthetic))
         questions += [question for question in record.questions if question not in questions]
         counts[record.image_id] += 1
     with ShardWriter(out, sources[0]) as writer:
@@ -48,5 +50,7 @@ def join(sets: Sequence[ShardSet], out: Path) -> Joined:
             if record.image_id not in texts:
                 continue
             key = writer.free_key(record.key)
-            writer.write(key, record.image, extension_of(record.image), *texts.pop(record.image_id), record.name)
+            captions, questions = texts.pop(record.image_id)
+            synthetic = [text for text in captions if text not in given[record.image_id]]
+            writer.write(key, record.image, extension_of(record.image), captions, questions, record.name, synthetic)
     return Joined(counts.total(), len(counts), sum(count > 1 for count in counts.values()))

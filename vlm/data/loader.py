@@ -27,8 +27,9 @@ from vlm.data.batch import Batch
 from vlm.data.collate import SampleEncoder, collate
 from vlm.data.index import room_wanted
 from vlm.data.order import EpochOrder, batch_places, check_split, epoch_samples, worker_places
-from vlm.data.reading import SampleSource, Slot
+from vlm.data.reading import Order, SampleSource, Slot
 from vlm.data.remote import limit
+from vlm.data.resampled import NO_PROMISE, UNCHECKED, ResampledOrder
 from vlm.data.shards import ShardSet
 from vlm.errors import UserError
 from vlm.memory import release_freed_memory
@@ -43,7 +44,8 @@ class Loader:
     sets: what to read. encode: makes samples of records. batch_size: samples of a global batch, over all ranks. streams, shuffle_block: see order.py.
     workers: processes that read (0: this one). rank, world: which part of every global batch this process takes. training: shuffle, drop the last
     partial batch, fill bad slots; otherwise (evaluation) the order of the files, every record exactly once over the ranks.
-    mixture: passes over each set in an epoch (order.py); empty: each record once.
+    mixture: passes over each set in an epoch (order.py); empty: each record once. declared: records of an epoch whose shards are drawn with
+    replacement (resampled.py), which is said in the log; None: each record is read once.
 
     `bad` counts the bad samples of the present epoch by cause, on this rank. Raises ConfigError where ranks cannot take equal parts, UserError for
     a set that is too small.
@@ -63,13 +65,15 @@ class Loader:
         training: bool = True,
         max_bad_fraction: float = 0.1,
         mixture: Sequence[float] = (),
+        declared: int | None = None,
     ) -> None:
         self.sets, self.encode, self.batch_size, self.seed = tuple(sets), encode, batch_size, seed
         self.shuffle_block, self.workers, self.rank, self.world = shuffle_block, workers, rank, world
         self.training, self.max_bad_fraction, self.mixture = training, max_bad_fraction, tuple(mixture)
         # an evaluation's order does not depend on streams: as many as there are readers
         self.streams = streams if training else world * max(workers, 1)
-        self.samples = sum(epoch_samples(self.sets, self.mixture))
+        self.declared = declared
+        self.samples = sum(epoch_samples(self.sets, self.mixture)) if declared is None else declared
         self.bad: Counter[str] = Counter()
         self._examples: dict[str, str] = {}
         check_split(self.streams, batch_size, world if training else 1)
@@ -77,8 +81,11 @@ class Loader:
         if self.samples == 0 or self.steps == 0:
             need = f"batch_size={batch_size}; use a smaller batch" if self.samples else "at least one"
             raise UserError(f"{names or 'no set of shards'}: {self.samples} samples, expected {need}.")
-        here = streams * int(os.environ.get("LOCAL_WORLD_SIZE", world)) // world  # torchrun's, of this machine
+        here = self.streams * int(os.environ.get("LOCAL_WORLD_SIZE", world)) // world  # torchrun's, of this machine
         wanted, cache = room_wanted(self.sets, here, shuffle_block), self.sets[0].cache
+        self.ahead = 2 * wanted <= limit(cache)  # room for the shards that are read, and for the next ones
+        if declared is not None and rank == 0:
+            log.warning("%s%s", NO_PROMISE, "" if all(s.counted for s in self.sets) else UNCHECKED)
         if training and rank == 0 and wanted > limit(cache):
             log.warning(
                 "data.cache.gigabytes=%g, but the streams of this machine read shards of about %.3g GB at one time, which will be fetched again and "
@@ -101,8 +108,10 @@ class Loader:
         if not 0 <= start_step <= self.steps:
             raise ValueError(f"start_step={start_step}; expected 0..{self.steps}, the steps of an epoch.")
         self.bad, self._examples = Counter(), {}
-        order = EpochOrder(self.sets, self.seed, epoch, self.streams, self.shuffle_block, self.training, self.mixture)
-        work = _Steps(order, self.encode, self.batch_size, self.rank, self.world, self.training, start_step, self.steps)
+        work = _Steps(
+            self._order(epoch),
+            *(self.encode, self.batch_size, self.rank, self.world, self.training, start_step, self.steps, self.ahead),
+        )
         pin = torch.cuda.is_available()
         seen = 0
         for slots in self._joined(work):
@@ -112,6 +121,12 @@ class Loader:
             samples = [slot.sample for slot in slots if slot.sample is not None]
             if samples:
                 yield collate(samples, self.encode.pad_id, filled, pin)
+
+    def _order(self, epoch: int) -> Order:
+        plan = self.sets, self.seed, epoch, self.streams
+        if self.declared is not None:
+            return ResampledOrder(*plan, self.declared, self.shuffle_block, self.mixture)
+        return EpochOrder(*plan, self.shuffle_block, self.training, self.mixture)
 
     def _joined(self, work: "_Steps") -> Iterator[list[Slot]]:
         """The slots of each step in order of place."""
@@ -170,7 +185,7 @@ class _Steps(IterableDataset[Any]):
 
     def __init__(
         self,
-        order: EpochOrder,
+        order: Order,
         encode: SampleEncoder,
         batch_size: int,
         rank: int,
@@ -178,8 +193,9 @@ class _Steps(IterableDataset[Any]):
         training: bool,
         start: int,
         stop: int,
+        ahead: bool,
     ) -> None:
-        self.order, self.encode, self.training = order, encode, training
+        self.order, self.encode, self.training, self.ahead = order, encode, training, ahead
         self.batch_size, self.rank, self.world, self.start, self.stop = batch_size, rank, world, start, stop
 
     def __iter__(self) -> Iterator[list[Slot] | _Packed | UserError]:
@@ -190,6 +206,8 @@ class _Steps(IterableDataset[Any]):
             for step in range(self.start, self.stop):
                 places = batch_places(step, self.batch_size, self.order.samples, self.rank, self.world)
                 mine = worker_places(places, self.order.streams, worker, workers, self.world)
+                if self.ahead:
+                    source.look_ahead(mine)
                 slots = [source.slot(p) for p in mine]
                 yield _pack(slots) if info else slots
         except UserError as error:

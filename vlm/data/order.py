@@ -11,6 +11,7 @@ pass, and the same number of records in every epoch.
 Letters: N records of an epoch, S streams, B samples of a global batch, p place in the global sequence, j place in a stream.
 """
 
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ class EpochOrder:
             self._pieces = [self._pieces[i] for i in permutation.tolist()]
         self._starts = [0, *accumulate(piece.samples for piece in self._pieces)]
         self.samples = self._starts[-1]
-        self._blocks: dict[int, tuple[int, list[int]]] = {}  # the last permutation of each stream
+        self._blocks: dict[int, tuple[int, array[int]]] = {}  # the last permutation of each stream
 
     def length(self, stream: int) -> int:
         """Records of a stream; the first N % S streams have one more."""
@@ -80,23 +81,39 @@ class EpochOrder:
 
     def place(self, stream: int, j: int) -> Place:
         """The record at place j of a stream."""
-        if not self.shuffle:
-            return self._locate(stream + j * self.streams)
-        whole, more = divmod(self.samples, self.streams)
-        start = stream * whole + min(stream, more)
-        block, within = divmod(j, self.block)
-        return self._locate(start + block * self.block + self._permutation(stream, block)[within])
+        if self.shuffle:
+            block, within = divmod(j, self.block)
+            j = block * self.block + self._permutation(stream, block)[within]
+        return self._locate(self._record(stream, j))
 
-    def _permutation(self, stream: int, block: int) -> list[int]:
+    def shards_of(self, stream: int, block: int) -> list[tuple[ShardSet, ShardInfo]]:
+        """The shards that a block of a stream lies in; none beyond its end."""
+        first, last = block * self.block, min((block + 1) * self.block, self.length(stream)) - 1
+        if last < first:
+            return []
+        pieces = range(self._piece(self._record(stream, first)), self._piece(self._record(stream, last)) + 1)
+        return [(self._pieces[i].shards, self._pieces[i].shard) for i in pieces]
+
+    def _record(self, stream: int, j: int) -> int:
+        """Place j of a stream before its blocks are permuted, as a place in the order of the pieces."""
+        if not self.shuffle:
+            return stream + j * self.streams
+        whole, more = divmod(self.samples, self.streams)
+        return stream * whole + min(stream, more) + j
+
+    def _permutation(self, stream: int, block: int) -> "array[int]":
         known = self._blocks.get(stream)
         if known is None or known[0] != block:
             count = min(self.block, self.length(stream) - block * self.block)
             generator = keyed_generator(self.seed, self.epoch, "block", stream, block)
-            known = self._blocks[stream] = (block, torch.randperm(count, generator=generator).tolist())
+            known = self._blocks[stream] = (block, array("i", torch.randperm(count, generator=generator).tolist()))
         return known[1]
 
+    def _piece(self, record: int) -> int:
+        return bisect_right(self._starts, record) - 1
+
     def _locate(self, record: int) -> Place:
-        index = bisect_right(self._starts, record) - 1
+        index = self._piece(record)
         piece = self._pieces[index]
         return Place(piece.shards, piece.shard, piece.first + record - self._starts[index], piece.turn)
 
@@ -107,11 +124,17 @@ def epoch_samples(sets: Sequence[ShardSet], mixture: Sequence[float] = ()) -> li
     Raises:
         ConfigError: the mixture does not have one weight above 0 for each set.
     """
+    weights = mixture_weights(sets, mixture)
+    return [max(1, round(weight * s.samples)) if s.samples else 0 for s, weight in zip(sets, weights, strict=True)]
+
+
+def mixture_weights(sets: Sequence[ShardSet], mixture: Sequence[float]) -> Sequence[float]:
+    """One for each set. Raises ConfigError where the mixture does not have that many, all above 0."""
     if not mixture:
-        return [s.samples for s in sets]
+        return [1.0] * len(sets)
     if len(mixture) != len(sets) or not all(weight > 0 for weight in mixture):
         raise ConfigError(f"mixture={list(mixture)}; expected {len(sets)} weights above 0, one for each set.")
-    return [max(1, round(weight * s.samples)) if s.samples else 0 for s, weight in zip(sets, mixture, strict=True)]
+    return mixture
 
 
 def _pieces(shards: ShardSet, count: int, epoch: int, key: tuple[int, int]) -> Iterator[Piece]:
@@ -160,3 +183,12 @@ def check_split(streams: int, batch_size: int, world: int) -> None:
             below, above = value // world * world, (value // world + 1) * world
             choices = f"{below} or {above}" if below else f"{above}"
             raise ConfigError(f"{name}={value} cannot be divided over {world} ranks; use {choices}.")
+
+
+def automatic_streams(batch_size: int, remote: bool) -> int:
+    """As many as a batch has records, so that each batch has one of every part of the epoch; from 64 on, in multiples of the batch.
+
+    Fewer make batches in a row of few shards, more make each of a part of the epoch (benchmarks/shuffle.py). Of remote shards, which
+    the cache must hold for all streams, 64.
+    """
+    return 64 if remote else -(-64 // batch_size) * batch_size

@@ -1,14 +1,17 @@
 """Reads and encodes the samples of streams, and fills the slots of bad ones."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
 from vlm.data.collate import EncodedSample, SampleEncoder, silenced
 from vlm.data.order import EpochOrder, Place
 from vlm.data.records import BadRecord, ShardReader
+from vlm.data.resampled import ResampledOrder
 from vlm.errors import BadImage, ConfigError, UserError
 
+Order = EpochOrder | ResampledOrder
 # Samples tried for a filler where nothing good precedes; more bad ones in a row mean wrong data or settings.
 LOOK_AHEAD = 200
 
@@ -26,10 +29,22 @@ class Slot:
 class SampleSource:
     """Reads and encodes the samples of some streams, and finds fillers."""
 
-    def __init__(self, order: EpochOrder, encode: SampleEncoder, training: bool) -> None:
+    def __init__(self, order: Order, encode: SampleEncoder, training: bool) -> None:
         self.order, self.encode, self.training = order, encode, training
-        self.reader = ShardReader()
+        self.reader = order.reader if isinstance(order, ResampledOrder) else ShardReader()
+        self._ahead: dict[int, int] = {}  # by stream: the last block whose shards were asked for
         self._fillers: dict[int, EncodedSample] = {}  # by stream: its last good sample
+
+    def look_ahead(self, places: Sequence[int]) -> None:
+        """Has the remote shards fetched that the streams of these places read from now on: those of the present block, then those of the next."""
+        for more in (0, 1):
+            for place in places:
+                j, stream = divmod(place, self.order.streams)
+                block = j // self.order.block + more
+                if self._ahead.get(stream, -1) < block:
+                    self._ahead[stream] = block
+                    for shards, shard in self.order.shards_of(stream, block):
+                        self.reader.fetch_ahead(shards.locate(shard))
 
     def slot(self, place: int) -> Slot:
         j, stream = divmod(place, self.order.streams)

@@ -13,12 +13,14 @@ import tarfile
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from webdataset.tariterators import base_plus_ext
 
+from vlm.data.prefetch import Prefetcher
 from vlm.data.remote import RemoteShard, UnreadableShard
 from vlm.errors import UserError
 
@@ -47,7 +49,8 @@ class Record:
     """One image with its texts.
 
     image: the encoded bytes. captions: non-empty strings. questions: dicts with at least "question" (and "question_id", "answers"). image_id: signed
-    64-bit hash of "source/id", equal for equal images; name: that id as the record gives it, or the key. At least one caption or question is present.
+    64-bit hash of "source/id", equal for equal images; name: that id as the record gives it, or the key. At least one caption or question is present,
+    unless bare ones were asked for. synthetic: those of the captions that a model made.
     """
 
     source: str
@@ -57,6 +60,7 @@ class Record:
     questions: list[dict[str, Any]]
     image_id: int
     name: int | str = ""
+    synthetic: list[str] = field(default_factory=list)
 
 
 def image_hash(source: str, image_id: int | str) -> int:
@@ -70,8 +74,8 @@ def extension_of(image: bytes) -> str:
     return {b"\x89PNG": "png", b"RIFF": "webp"}.get(image[:4], "jpg")
 
 
-def parse_record(source: str, key: str, members: dict[str, bytes]) -> Record:
-    """A record from its files, `members`: extension -> bytes. Raises BadRecord with the cause."""
+def parse_record(source: str, key: str, members: dict[str, bytes], bare: bool = False) -> Record:
+    """A record from its files, `members`: extension -> bytes. bare: it needs no text. Raises BadRecord with the cause."""
     name = f"{source}/{key}"
     image = next((members[e] for e in IMAGE_EXTENSIONS if members.get(e)), None)
     if image is None:
@@ -90,11 +94,13 @@ def parse_record(source: str, key: str, members: dict[str, bytes]) -> Record:
     ):
         raise BadRecord("broken json", f'{name}: "questions" is not a list of objects with a "question".')
     captions = [c.strip() for c in captions if c.strip()]
-    if not captions and not questions:
+    if not captions and not questions and not bare:
         raise BadRecord("no text", f"{name} has neither a caption nor a question.")
     given = fields.get("image_id")
     image_name = key if given is None else given
-    return Record(source, key, image, captions, questions, image_hash(source, image_name), image_name)
+    marked = fields.get("synthetic")
+    synthetic = [c for c in captions if c in marked] if isinstance(marked, list) else []
+    return Record(source, key, image, captions, questions, image_hash(source, image_name), image_name, synthetic)
 
 
 def _decode(name: str, data: bytes) -> str:
@@ -203,10 +209,13 @@ def _split_members(data: bytes) -> tuple[str, dict[str, bytes]] | None:
 class ShardReader:
     """Reads any record of shards by its number; remembers offsets and what cannot be read, and keeps some local files open. One to a process."""
 
-    def __init__(self) -> None:
+    def __init__(self, bare: bool = False) -> None:
+        """bare: records without a text are read too."""
+        self._bare = bare
         self._offsets: OrderedDict[Location, array[int]] = OrderedDict()
         self._files: OrderedDict[Location, int] = OrderedDict()
         self._unreadable: dict[Location, str] = {}
+        self._ahead = Prefetcher()
 
     def read(self, shard: Location, source: str, number: int) -> Record:
         """Record `number` of a shard (`ShardSet.locate`).
@@ -216,12 +225,8 @@ class ShardReader:
         """
         if shard in self._unreadable:
             raise BadRecord(UNREADABLE, self._unreadable[shard])
-        try:
-            data = self._bytes(shard, number)
-        except UnreadableShard as error:
-            self._unreadable[shard] = str(error)
-        except OSError as error:
-            self._unreadable[shard] = f"{shard} cannot be read: {error.strerror or error}."
+        with self._remembering(shard), self._opened(shard) as file:
+            data = self._part(shard, file, number)
         if shard in self._unreadable:
             raise BadRecord(UNREADABLE, self._unreadable[shard])
         try:
@@ -231,27 +236,57 @@ class ShardReader:
         if found is None:
             raise BadRecord("missing", f"{shard}: record {number} cannot be read.")
         key, members = found
-        return parse_record(source, key.removeprefix("./"), members)
+        return parse_record(source, key.removeprefix("./"), members, self._bare)
 
-    def _bytes(self, shard: Location, number: int) -> bytes:
+    def count(self, shard: Location) -> int:
+        """The whole records of a shard; 0 where it cannot be read, which `read` then says."""
+        held = 0
+        if shard not in self._unreadable:
+            with self._remembering(shard), self._opened(shard) as file:
+                held = len(self._starts(shard, file)) - 1
+        return held
+
+    def fetch_ahead(self, shard: Location) -> None:
+        """Fetches a remote shard in the background; what goes wrong there is said when the shard is read."""
+        if isinstance(shard, RemoteShard) and shard not in self._unreadable:
+            self._ahead.want(shard)
+
+    @contextmanager
+    def _remembering(self, shard: Location) -> Iterator[None]:
+        """Remembers that a shard cannot be read."""
+        try:
+            yield
+        except UnreadableShard as error:
+            self._unreadable[shard] = str(error)
+        except OSError as error:
+            self._unreadable[shard] = f"{shard} cannot be read: {error.strerror or error}."
+
+    @contextmanager
+    def _opened(self, shard: Location) -> Iterator[int]:
         if isinstance(shard, RemoteShard):  # not kept open: the cache could not free its room
+            self._ahead.wait(shard)
             file = shard.open()
             try:
-                return self._part(shard, file, number)
+                yield file
             finally:
                 os.close(file)
+            return
         if shard not in self._files:
             self._files[shard] = os.open(shard, os.O_RDONLY)
             if len(self._files) > MAX_OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
-        return self._part(shard, self._files[shard], number)
+        yield self._files[shard]
 
-    def _part(self, shard: Location, file: int, number: int) -> bytes:
+    def _starts(self, shard: Location, file: int) -> "array[int]":
         offsets = self._offsets.get(shard)
         if offsets is None:
             offsets = self._offsets[shard] = scan_shard(file)[0]
             if len(self._offsets) > 4096:
                 self._offsets.popitem(last=False)
+        return offsets
+
+    def _part(self, shard: Location, file: int, number: int) -> bytes:
+        offsets = self._starts(shard, file)
         if number >= len(offsets) - 1:
             raise BadRecord(
                 "missing",
@@ -265,6 +300,7 @@ class ShardReader:
         return os.pread(file, stop - start, start)
 
     def close(self) -> None:
-        """Closes the files; the reader opens them again when it is used."""
+        """Closes the files and gives up what was to be fetched; the reader opens them again when it is used."""
+        self._ahead.close()
         while self._files:
             os.close(self._files.popitem()[1])

@@ -5,14 +5,17 @@ Every choice is drawn by key (seed, epoch, source, key, purpose), so a sample is
 """
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
+from vlm.data.batch import SET_WEIGHT
 from vlm.data.collate import EncodedSample, EncodedText
 from vlm.data.hiding import PatchHiding
 from vlm.data.images import EvaluationTransform, TrainingTransform, decode_image, mentions_side
+from vlm.data.jpeg import decode_pixels
 from vlm.data.random import keyed_generator, keyed_random, keyed_seed
 from vlm.data.records import BadRecord, Record
 from vlm.data.text import Tokenizer, clean_answer, clean_caption, clean_question, mask_tokens
@@ -96,14 +99,14 @@ class QuestionEncoder:
     """A record's questions and answers as texts.
 
     encoder_decoder: the question is the text, its distinct answers are the text's answers, in training. prompted: question and answer are one text,
-    the question its prompt; in training one text for each distinct answer, in evaluation the prompt alone, without [SEP]. An answer's weight is its
-    share of the answers given (count / 10 in VQA v2).
+    the question its prompt; in training one text for each distinct answer, in evaluation the prompt alone, without [SEP]. classify: the question is
+    the text, and its answers stay words in the text's source. An answer's weight is its share of the answers given (count / 10 in VQA v2).
     """
 
     tokenizer: Tokenizer
     transform: Transform
     training: bool
-    form: Literal["encoder_decoder", "prompted"] = "encoder_decoder"
+    form: Literal["encoder_decoder", "prompted", "classify"] = "encoder_decoder"
     question_prompt: str = "question: {question} answer:"
     """The prompted form's prompt; {question} stands for the question."""
     max_question_tokens: int = 35
@@ -112,6 +115,8 @@ class QuestionEncoder:
     """Longest answer in tokens, counted as `[CLS] answer [SEP]`."""
     texts_per_image: TextsPerImage = "one"
     """one: in training one question drawn by key, in evaluation the first."""
+    set_weights: Mapping[str, float] = field(default_factory=dict)
+    """By source, the weight of its questions in the loss, which goes into the texts' sources (`Batch.weight`)."""
     seed: int = 0
 
     @property
@@ -133,13 +138,19 @@ class QuestionEncoder:
             raise BadRecord(f"no {missing}", f"no {missing} in record {record.source}/{record.key}")
         if self.texts_per_image == "one":
             questions = [_draw(questions, self.training, self.seed, epoch, record, "question")]
-        encode = self._question if self.form == "encoder_decoder" else self._prompted
-        return [text for question, weights in questions for text in encode(question, weights)]
+        encode = self._prompted if self.form == "prompted" else self._question
+        texts = [text for question, weights in questions for text in encode(question, weights)]
+        weight = self.set_weights.get(record.source, 1.0)
+        if not self.training or weight == 1.0:
+            return texts
+        return [replace(text, source={**text.source, SET_WEIGHT: weight}) for text in texts]
 
     def _question(self, question: dict[str, Any], weights: dict[str, float]) -> list[EncodedText]:
         ids = self.tokenizer.encode(clean_question(question["question"]), self.max_question_tokens)
-        answers = [(self.tokenizer.encode(a, self.max_answer_tokens), w) for a, w in weights.items()]
-        return [EncodedText(ids, source=_source(question), answers=answers if self.training else (), describes=False)]
+        answers = []
+        if self.training and self.form == "encoder_decoder":
+            answers = [(self.tokenizer.encode(a, self.max_answer_tokens), w) for a, w in weights.items()]
+        return [EncodedText(ids, source=_source(question), answers=answers, describes=False)]
 
     def _prompted(self, question: dict[str, Any], weights: dict[str, float]) -> list[EncodedText]:
         prompt = self.prompt_ids(question["question"])
@@ -153,10 +164,7 @@ class QuestionEncoder:
 
     def prompt_ids(self, question: str) -> list[int]:
         """`[CLS]` and the prompt with this question, which is cut where it is too long."""
-        before, _, after = self.question_prompt.partition("{question}")
-        first, last = self.tokenizer.pieces(before), self.tokenizer.pieces(after)
-        room = max(self.max_question_tokens - 1 - len(first) - len(last), 0)
-        return [self.tokenizer.cls_id, *first, *self.tokenizer.pieces(clean_question(question))[:room], *last]
+        return question_prompt_ids(self.tokenizer, self.question_prompt, question, self.max_question_tokens)
 
 
 @dataclass(frozen=True)
@@ -185,6 +193,14 @@ class JointEncoder:
         return self.caption.sample(record, epoch, texts)
 
 
+def question_prompt_ids(tokenizer: Tokenizer, prompt: str, question: str, max_tokens: int) -> list[int]:
+    """`[CLS]` and the prompt with this question, which is cut where it is too long. prompt: with {question} in it."""
+    before, _, after = prompt.partition("{question}")
+    first, last = tokenizer.pieces(before), tokenizer.pieces(after)
+    room = max(max_tokens - 1 - len(first) - len(last), 0)
+    return [tokenizer.cls_id, *first, *tokenizer.pieces(clean_question(question))[:room], *last]
+
+
 def answer_weights(answers: list[str]) -> dict[str, float]:
     """Each distinct cleaned answer with its share of the answers given; empty ones are left out."""
     counts = Counter(cleaned for answer in answers if (cleaned := clean_answer(answer)))
@@ -211,9 +227,10 @@ def _sample(
 
 
 def _image(transform: Transform, seed: int, record: Record, epoch: int) -> Tensor:
-    image = decode_image(record.image, name=f"{record.source}/{record.key}", at_least=transform.at_least)
+    name = f"{record.source}/{record.key}"
     if isinstance(transform, EvaluationTransform):
-        return transform(image)
+        return transform(decode_image(record.image, name=name))
+    pixels = decode_pixels(record.image, name, transform.at_least)
     texts = [*record.captions, *(str(t) for q in record.questions for t in (q["question"], *(q.get("answers") or [])))]
     with keyed_random(seed, epoch, record.source, record.key, "image"):
-        return transform(image, allow_flip=not mentions_side(texts))
+        return transform(pixels, allow_flip=not mentions_side(texts))

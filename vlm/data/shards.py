@@ -83,8 +83,12 @@ class ShardWriter:
         captions: Sequence[str] = (),
         questions: Sequence[dict[str, Any]] = (),
         image_id: int | str | None = None,
+        synthetic: Sequence[str] = (),
     ) -> None:
-        """Adds one image with its texts. `image` is stored as it is, not decoded. Raises UserError for an unusable key or extension, or no text."""
+        """Adds one image with its texts. `image` is stored as it is, not decoded. synthetic: those of the captions that a model made.
+
+        Raises UserError for an unusable key or extension, or no text.
+        """
         extension = extension.lower().lstrip(".")
         if not key or "." in key or "/" in key:
             raise UserError(f"key {key!r}: expected a name without '.' and '/'; replace them, for example by '_'.")
@@ -103,6 +107,8 @@ class ShardWriter:
             fields["questions"] = list(questions)
         if image_id is not None:
             fields["image_id"] = image_id
+        if synthetic:
+            fields["synthetic"] = list(synthetic)
         text = json.dumps(fields, ensure_ascii=False).encode()
         try:
             self._open_shard().write({"__key__": key, extension: image, "json": text})

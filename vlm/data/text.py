@@ -11,13 +11,15 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
-import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from vlm.errors import UserError
+
+if TYPE_CHECKING:  # what reads and writes words works without PyTorch: `vlm.onnx_runner` does
+    import torch
 
 _ROLES = {
     "pad": ("[PAD]", "<pad>"),
@@ -251,7 +253,7 @@ def mask_tokens(
     vocab_size: int,
     mask_id: int,
     probability: float,
-    generator: torch.Generator,
+    generator: "torch.Generator",
     continuing: Collection[int] = (),
 ) -> tuple[list[int], list[int]]:
     """BERT's masking: the ids with some hidden, and the positions of those, which are to be predicted.
@@ -260,6 +262,8 @@ def mask_tokens(
     the cases, any token but a special one in 10 %, and stays in 10 %. continuing: ids of pieces that are chosen where the piece before them is,
     so that whole words are (`Tokenizer.continuing_ids`).
     """
+    import torch
+
     chosen, kind = torch.rand(2, len(ids), generator=generator).tolist()
     for at, i in enumerate(ids):
         if i in continuing and at:
@@ -274,7 +278,9 @@ def mask_tokens(
     return masked, positions
 
 
-def _random_word(special_ids: Collection[int], vocab_size: int, generator: torch.Generator) -> int:
+def _random_word(special_ids: Collection[int], vocab_size: int, generator: "torch.Generator") -> int:
+    import torch
+
     word = int(torch.randint(vocab_size - len(special_ids), (), generator=generator))
     for special in sorted(special_ids):  # count over the special ids
         word += word >= special

@@ -31,12 +31,12 @@ class Found(NamedTuple):
     record: Record | BadRecord
 
 
-def walk(shards: ShardSet, first: int = 0, strict: bool = False) -> Iterator[Found]:
-    """All `shards.samples` of them in the order of the shards, from number `first` on.
+def walk(shards: ShardSet, first: int = 0, strict: bool = False, bare: bool = False) -> Iterator[Found]:
+    """All `shards.samples` of them in the order of the shards, from number `first` on. bare: an image without a text is a record too.
 
     strict: a shard that cannot be read at all raises UserError, so that what is written from the records never lacks a shard because of an outage.
     """
-    reader = ShardReader()
+    reader = ShardReader(bare)
     try:
         for shard in shards.shards:
             for number in range(min(first, shard.samples), shard.samples):
@@ -86,8 +86,9 @@ def rewriting(shards: ShardSet, out: Path) -> ShardWriter:
     return writer
 
 
-def copy(writer: ShardWriter, record: Record, captions: Sequence[str]) -> None:
+def copy(writer: ShardWriter, record: Record, captions: Sequence[str], made: Sequence[str] = ()) -> None:
     """Writes a record with these captions; image, questions and identity stay as they are, so that a model trained on it is still refused an
-    evaluation on it."""
+    evaluation on it. made: those of the captions that a model made, beside the ones that are marked so already."""
     key, extension = writer.free_key(record.key), extension_of(record.image)
-    writer.write(key, record.image, extension, captions, record.questions, record.name)
+    synthetic = [text for text in captions if text in record.synthetic or text in made]
+    writer.write(key, record.image, extension, captions, record.questions, record.name, synthetic)
