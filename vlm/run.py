@@ -26,6 +26,8 @@ from vlm.errors import ConfigError
 from vlm.evaluation import evaluate_loader, named, start
 from vlm.hub import local_folder
 from vlm.model.pretrained import restore_folder
+from vlm.order_settings import as_begun
+from vlm.samples import SampleBook
 from vlm.settings import config_to_yaml
 from vlm.settings_check import check_lengths
 from vlm.tasks.task import Task
@@ -33,6 +35,7 @@ from vlm.train import distributed
 from vlm.train.distributed import Ranks
 from vlm.train.report import replace_text, say
 from vlm.train.state import load_state
+from vlm.train.trackers import check_trackers
 from vlm.train.trainer import Trainer
 
 
@@ -53,6 +56,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
 
 
 def _train(config: Config, ranks: Ranks, resume: bool) -> dict[str, Any]:
+    check_trackers(config.train.trackers)
     out = Path(config.out)
     latest = out / "latest"
     if ranks.main:
@@ -63,23 +67,27 @@ def _train(config: Config, ranks: Ranks, resume: bool) -> dict[str, Any]:
         raise ConfigError(
             f"out={out} holds a run already; add --resume auto to go on with it, choose another --out, or remove it."
         )
-    sets = load_sets(config.data.splits.train, "data.splits.train", config.data.cache)
+    if resuming:
+        config = as_begun(config, out)
+    sets = load_sets(config.data.splits.train, "data.splits.train", config.data.cache, config.data.order)
     held_out = [load_sets([folder], "data.splits.val", config.data.cache)[0] for folder in config.data.splits.val]
-    parts = build_parts(config, sets)
+    answers = known_answers(config, sets)
+    parts = build_parts(config, sets, answers)
     check_lengths(parts.config)
     trained_on = training_images(sets, config.init_from)
     for shards in held_out:
         check_held_out(trained_on, shards, config.data.allow_overlap)
-    answers = known_answers(config, sets)
     task = build_task(parts.config, parts, answers, sets)
     loader = training_loader(config, parts, sets, ranks)
     evaluators = {name: evaluation_loader(config, parts, shards, ranks) for name, shards in named(held_out).items()}
+    book = SampleBook(parts, named(held_out))
 
     def evaluate(task: Task) -> tuple[dict[str, Any], float]:
         scores = {
             name: evaluate_loader(task, data, ranks, f"evaluating on {name}", config.train.evaluate_images)[0]
             for name, data in evaluators.items()
         }
+        book.show(task, trainer.step, trainer.log)
         return scores, sum(s[task.metric] for s in scores.values()) / len(scores)
 
     def save(name: str, model: nn.Module, scores: dict[str, Any], state: dict[str, Any] | None) -> Path:
@@ -125,6 +133,7 @@ def known_answers(config: Config, sets: Sequence[ShardSet]) -> list[str]:
         return read_answers(local_folder(config.init_from))
     from vlm.tasks.vqa import answer_list
 
-    if config.vqa.inference == "generate":
+    classify = config.task == "vqa" and config.vqa.form == "classify"
+    if config.vqa.inference == "generate" and not classify:
         return []
-    return answer_list(sets, config.vqa.min_answer_count)
+    return answer_list(sets, config.vqa.min_answer_count, commonest=classify)

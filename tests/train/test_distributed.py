@@ -1,4 +1,4 @@
-"""Two processes under torchrun, gloo on the CPU: the same run as one process over the same global batches."""
+"""Two processes under torchrun, gloo on the CPU: the same run as one process over the same global batches, and the same evaluation."""
 
 import json
 import os
@@ -6,16 +6,21 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 
 from vlm.data.shards import ShardWriter
 from vlm.data.synthetic import draw_scene
+from vlm.errors import UserError
+from vlm.evaluation import evaluate
 from vlm.run import train
 from vlm.settings import config_from_dict
 from vlm.train import distributed
@@ -36,6 +41,13 @@ SETTINGS: dict[str, Any] = {
     "train.averaging": 0.5,
     "data.streams": 4,
 }
+# Both commands in the same processes: starting them takes longer than what they do.
+SCRIPT = """
+import sys
+from vlm.cli import main
+train, evaluation, checkpoint, out = sys.argv[1:]
+sys.exit(main(["train", train]) or main(["evaluate", evaluation, "--checkpoint", checkpoint, "--split", "val", "--out", out]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +63,12 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_two_ranks_learn_what_one_process_learns(
-    nested: Callable[..., dict[str, Any]], scenes: Path, faulty: Path, tmp_path: Path
+def test_two_ranks_learn_and_say_what_one_process_does(
+    nested: Callable[..., dict[str, Any]],
+    checkpoint: Callable[..., Path],
+    scenes: Path,
+    faulty: Path,
+    tmp_path: Path,
 ) -> None:
     splits = {"data.splits.val": [f"{scenes}/val", str(faulty)]}
     alone, both = (nested({**SETTINGS, **splits, "out": str(tmp_path / name)}) for name in ("alone", "both"))
@@ -63,9 +79,13 @@ def test_two_ranks_learn_what_one_process_learns(
         values["data"]["splits"]["train"].append(str(bad))
     train(config_from_dict(alone, "test"))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(both))
+    captions = nested({**splits, "data.allow_overlap": True, "data.batch_size": 6})
+    (tmp_path / "captions.yaml").write_text(yaml.safe_dump(captions))
+    (tmp_path / "commands.py").write_text(SCRIPT)
+    captioner = checkpoint()
     command = [
-        *(BIN / "torchrun", "--no-python", "--nproc-per-node", "2", "--standalone"),
-        *(BIN / "vlm", "train", tmp_path / "config.yaml"),
+        *(BIN / "torchrun", "--nproc-per-node", "2", "--standalone", tmp_path / "commands.py"),
+        *(tmp_path / "config.yaml", tmp_path / "captions.yaml", captioner, tmp_path / "of_two"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
@@ -93,6 +113,32 @@ def test_two_ranks_learn_what_one_process_learns(
     assert not torch.equal(state["random"][0]["cpu"], state["random"][1]["cpu"])
     metadata = json.loads((tmp_path / "both" / "latest" / "config.json").read_text())
     assert metadata["model"]["text"]["dim"] == 32
+    evaluate(config_from_dict(captions, "test"), captioner, "val", tmp_path / "of_one")
+    for name, count in (("predictions.json", 13 + 8), ("results.json", None)):  # neither batches nor records are even
+        of_one, of_two = (json.loads((tmp_path / folder / name).read_text()) for folder in ("of_one", "of_two"))
+        assert of_one == of_two
+        assert count is None or len(of_one) == count
+    assert of_one["scores"]["scenes"]["images"] == 13
+    assert of_one["intervals"]["faulty"]
+
+
+def test_ranks_meet_in_a_store_that_dead_ones_have_left_their_traces_in() -> None:
+    """Three meetings in one store, as after two restarts, the ranks coming in any order; each has a name of its own."""
+    store, names = dist.HashStore(), []
+    store.set("hello/1", "dead")
+    store.set("welcome/dead", "a meeting long ago")
+    for first in (0, 1, 0):
+        with ThreadPoolExecutor(2) as pool:
+            coming = [pool.submit(distributed.meet, store, rank, 2) for rank in (first, 1 - first)]
+            found = [one.result(timeout=20) for one in coming]
+        assert found[0] == found[1]
+        names.append(found[0])
+    assert len(set(names)) == 3
+
+
+def test_a_rank_that_never_comes_is_named() -> None:
+    with pytest.raises(UserError, match=r"ranks \[1, 2\] of 3 did not start"):
+        distributed.meet(dist.HashStore(), 0, 3, timedelta(seconds=0.05))
 
 
 def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:

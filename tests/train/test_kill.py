@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from vlm.train.report import read_json_lines
 
-TIMES = ("samples_per_second", "data_wait", "eta_seconds")
+TIMES = ("samples_per_second", "data_wait", "eta_seconds", "tflops", "memory_gib")
 SETTINGS: dict[str, Any] = {
     "train.deterministic": True,
     "train.averaging": 0.9,

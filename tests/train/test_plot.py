@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib import pyplot
 from matplotlib.figure import Figure
@@ -12,20 +13,22 @@ from PIL import Image
 
 from vlm.cli import main
 from vlm.errors import UserError
-from vlm.train.plot import loss_names, plot_runs, read_run, score_curves, titles
+from vlm.train.plot import SMOOTHED_FROM, loss_names, plot_runs, read_run, score_curves, smoothed, titles
 
 
 @pytest.fixture
 def write_run(tmp_path: Path) -> Callable[..., Path]:
-    """write_run(name, losses): a run of 4 log lines with these losses, evaluated twice."""
+    """write_run(name, losses): a run of 4 log lines with these losses, evaluated twice, with a skipped step."""
 
-    def write(name: str, losses: tuple[str, ...] = ("contrastive", "matching")) -> Path:
+    def write(name: str, losses: tuple[str, ...] = ("contrastive", "matching"), score: str = "mean_R@1") -> Path:
         lines: list[dict[str, Any]] = []
         for step in (10, 20, 30, 40):
             single = {f"{loss}/loss": 3.0 - step / 20 for loss in losses}
-            lines.append({"kind": "train", "step": step, "loss": 5.0 - step / 10, "lr": 1e-3 / step, **single})
+            rates = {"lr": 1e-3 / step, "samples_per_second": 100.0 + step}
+            lines.append({"kind": "train", "step": step, "loss": 5.0 - step / 10, **rates, **single})
+        lines.append({"kind": "skipped", "step": 33, "keys": ["a"]})
         for step in (20, 40):
-            scores = {"scenes": {"mean_R@1": step / 2, "images": 64.0}, "photos": {"mean_R@1": step / 4}}
+            scores = {"scenes": {score: step / 2, "images": 64.0}, "photos": {score: step / 4}}
             lines.append({"kind": "evaluation", "step": step, "scores": scores})
         folder = tmp_path / name
         folder.mkdir(parents=True)
@@ -46,48 +49,96 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Figure]]:
         close(figure)
 
 
-def test_all_curves_of_two_runs_are_drawn(write_run: Callable[..., Path], figures: list[Figure]) -> None:
-    one, two = write_run("first/vqa", ("captioning",)), write_run("second/pretrain")
+def curves(axis: Any) -> list[tuple[list[float], list[float]]]:
+    """The lines of a panel, marks of skipped steps left out."""
+    return [(list(l.get_xdata()), list(l.get_ydata())) for l in axis.lines if l.get_marker() != "x"]
+
+
+def test_runs_of_different_objectives_share_panels_by_loss_and_score(
+    write_run: Callable[..., Path], figures: list[Figure]
+) -> None:
+    one, two = write_run("first/vqa", ("matching",), "accuracy"), write_run("second/pretrain")
     picture = plot_runs([one, two])
     assert picture == one / "curves.png"
     with Image.open(picture) as image:
         image.load()
         assert image.format == "PNG"
         assert min(image.size) > 300
-    losses, rates, scores = figures[0].axes
-    drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in losses.lines}
-    assert drawn == {
-        "vqa loss": ([10, 20, 30, 40], [4.0, 3.0, 2.0, 1.0]),
-        "pretrain contrastive": ([10, 20, 30, 40], [2.5, 2.0, 1.5, 1.0]),
-        "pretrain matching": ([10, 20, 30, 40], [2.5, 2.0, 1.5, 1.0]),
-    }
-    assert [line.get_label() for line in rates.lines] == ["vqa", "pretrain"]
-    assert len(scores.lines) == 4
-    assert list(scores.lines[0].get_ydata()) == [10.0, 20.0]
+    panels = {axis.get_title(): axis for axis in figures[0].axes if axis.get_visible()}
+    assert list(panels) == [
+        "matching loss",
+        "contrastive loss",
+        "mean_R@1",
+        "accuracy",
+        "learning rate",
+        "samples a second",
+    ]
+    assert curves(panels["matching loss"]) == [([10, 20, 30, 40], [2.5, 2.0, 1.5, 1.0])] * 2
+    assert len(curves(panels["contrastive loss"])) == 1
+    assert curves(panels["accuracy"]) == [([20, 40], [10.0, 20.0]), ([20, 40], [5.0, 10.0])]
+    assert curves(panels["samples a second"])[0][1] == [110.0, 120.0, 130.0, 140.0]
+    colours = [line.get_color() for line in panels["matching loss"].lines if line.get_marker() != "x"]
+    assert len(set(colours)) == 2
+    assert panels["contrastive loss"].lines[0].get_color() == colours[1] == panels["mean_R@1"].lines[0].get_color()
+    assert [line.get_marker() for line in panels["accuracy"].lines] == ["o", "s"]
+    crosses = [line for line in panels["contrastive loss"].lines if line.get_marker() == "x"]
+    assert [list(line.get_xdata()) for line in crosses] == [[33]]
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["vqa", "pretrain", "scenes", "photos", "skipped step"]
 
 
 def test_a_run_without_evaluations_and_with_gaps(write_run: Callable[..., Path], figures: list[Figure]) -> None:
     run = write_run("a")
-    lines = list(read_run(run)[0])
+    lines = read_run(run).train
     del lines[1]["lr"], lines[2]["matching/loss"]
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     plot_runs([run])
-    losses, rates, scores = figures[0].axes
-    assert list(rates.lines[0].get_xdata()) == [10, 30, 40]
-    assert [list(line.get_xdata()) for line in losses.lines] == [[10, 20, 30, 40], [10, 20, 40]]
-    assert not scores.lines
+    contrastive, matching, rates, speed = (axis for axis in figures[0].axes if axis.get_visible())
+    assert [curves(axis)[0][0] for axis in (contrastive, matching)] == [[10, 20, 30, 40], [10, 20, 40]]
+    assert curves(rates)[0][0] == [10, 30, 40]
+    assert speed.get_title() == "samples a second"
+
+
+def test_noisy_losses_are_smoothed_and_the_rate_is_not(write_run: Callable[..., Path], figures: list[Figure]) -> None:
+    run = write_run("a", ("captioning",))
+    noise = np.random.default_rng(0).normal(size=200)
+    lines = [{"kind": "train", "step": i, "captioning/loss": 5 - i / 100 + noise[i], "lr": 0.1 * i} for i in range(200)]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plot_runs([run])
+    losses, rates = (axis for axis in figures[0].axes if axis.get_visible())
+    (_, raw), (_, smooth) = curves(losses)
+    assert [line.get_alpha() for line in losses.lines] == [0.3, None]
+    assert np.diff(smooth).std() < np.diff(raw).std() / 4
+    assert len(curves(rates)) == 1
+
+
+def test_smoothing_keeps_what_is_straight_and_where_curves_begin_and_end() -> None:
+    straight = [3.0 - i / 10 for i in range(90)]
+    assert smoothed(straight) == pytest.approx(straight)
+    values = list(np.random.default_rng(1).normal(size=SMOOTHED_FROM))
+    assert (smoothed(values)[0], smoothed(values)[-1]) == (values[0], values[-1])
+    assert smoothed(values)[3] == pytest.approx(np.mean(values[2:5]))
 
 
 def test_names_that_occur_twice_are_told_apart(write_run: Callable[..., Path]) -> None:
-    one, two = write_run("first/vqa"), write_run("second/vqa")
-    assert titles([one, two]) == [str(one), str(two)]
+    one, two, three = write_run("first/vqa"), write_run("second/vqa"), write_run("second/deep/vqa")
+    assert titles([one, two]) == ["first", "second"]
+    assert titles([one, two, three]) == ["first", "second", "second/deep"]
     assert titles([one, one.parent]) == ["vqa", "first"]
+    assert len(set(titles([one, one]))) == 2
+
+
+def test_many_runs_have_a_colour_each(write_run: Callable[..., Path], figures: list[Figure]) -> None:
+    plot_runs([write_run(f"run{i}") for i in range(12)])
+    lines = [line for line in figures[0].axes[0].lines if line.get_marker() != "x"]
+    assert len({tuple(line.get_color()) for line in lines}) == 12
 
 
 def test_what_is_a_curve() -> None:
     assert loss_names([{"loss": 1.0, "a/loss": 1.0, "b/loss": 1.0, "lr": 1.0}]) == ["a/loss", "b/loss"]
-    assert loss_names([{"loss": 1.0, "a/loss": 1.0}]) == ["loss"]
-    assert score_curves([{"step": 5, "scores": {"x": {"CIDEr": 40.0, "distinct": 3.0}}}]) == {"x CIDEr": [(5, 40.0)]}
+    assert loss_names([{"loss": 1.0}]) == ["loss"]
+    found = score_curves([{"step": 5, "scores": {"x": {"CIDEr": 40.0, "distinct": 3.0}}}])
+    assert found == {("x", "CIDEr"): ([5], [40.0])}
 
 
 def test_without_a_log_it_says_so(

@@ -29,7 +29,7 @@ from vlm.train.trainer import StoppedOnRequest, Trainer
 MakeConfig = Callable[..., Config]
 ALONE = Ranks(0, 1, torch.device("cpu"))
 ALL_OBJECTIVES = {"task": "pretraining", "objectives.captioning": 1.0}
-TIMES = ("samples_per_second", "data_wait", "eta_seconds")
+TIMES = ("samples_per_second", "data_wait", "eta_seconds", "tflops", "memory_gib")
 
 
 def build(config: Config, evaluate: Any = None, save: Any = None) -> Trainer:

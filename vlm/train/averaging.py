@@ -7,17 +7,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from vlm.train.sharding import Sharding, local
+
 
 class Averaging:
     """Keeps averaged weights of `model` beside it; with decay 0 it does nothing.
 
-    The decay grows as (1 + n) / (10 + n) up to `decay`, n steps having been averaged, so that the random start is soon forgotten.
+    The decay grows as (1 + n) / (10 + n) up to `decay`, n steps having been averaged, so that the random start is soon forgotten. sharding: of the
+    model; its pieces are averaged where it is in pieces.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, model: nn.Module, decay: float, sharding: Sharding | None = None) -> None:
+        self.decay, self._sharding = decay, sharding
         device = next(model.parameters()).device
-        self.averaged = AveragedModel(model, device, use_buffers=True) if decay > 0 else None
+        self.averaged: AveragedModel | None = None
+        if decay > 0:
+            self.averaged = AveragedModel(self._whole(model), device, use_buffers=True)
+            if sharding is not None:
+                sharding.share(self.averaged.module, like=model)
 
     @torch.no_grad()
     def update(self, model: nn.Module, taken: Tensor | None = None) -> None:
@@ -33,22 +40,28 @@ class Averaging:
         current = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         for name, averaged in (*self.averaged.module.named_parameters(), *self.averaged.module.named_buffers()):
             if averaged.is_floating_point():
-                averaged.lerp_(current[name], weight.to(averaged.dtype))
+                local(averaged).lerp_(local(current[name]), weight.to(averaged.dtype))
             else:
                 averaged.copy_(torch.where(taken, current[name], averaged))
         n += taken
 
     def best(self, model: nn.Module) -> nn.Module:
-        """The module to evaluate and save: the averaged one if there is one."""
-        return model if self.averaged is None else self.averaged.module
+        """The module to evaluate and save, in one piece: the averaged one if there is one. Every rank must ask."""
+        return self._whole(model if self.averaged is None else self.averaged.module)
+
+    def _whole(self, model: nn.Module) -> nn.Module:
+        return model if self._sharding is None else self._sharding.whole(model)
 
     @contextmanager
     def applied(self, owner: nn.Module) -> Iterator[None]:
-        """`owner.model` is the averaged model inside the block."""
+        """`owner.model` is the averaged model, in one piece, inside the block."""
         model = owner.model
         assert isinstance(model, nn.Module)
-        owner.model = self.best(model)
+        best = self.best(model)
+        kept_on = next(best.parameters()).device
+        owner.model = best.to(next(model.parameters()).device)
         try:
             yield
         finally:
             owner.model = model
+            best.to(kept_on)

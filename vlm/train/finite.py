@@ -11,6 +11,7 @@ from vlm.data.batch import Batch
 from vlm.errors import UserError
 from vlm.train.distributed import Ranks
 from vlm.train.report import JsonLines, say
+from vlm.train.sharding import local
 
 HINT = "Try a lower optimizer.lr, a longer optimizer.warmup_steps, or train.precision fp32."
 
@@ -28,23 +29,28 @@ class FiniteSteps:
         self.skipped = 0  # in the whole run, as far as it has been read
         self._in_a_row = 0
         self._statistics: list[tuple[Tensor, Tensor]] = []  # batch-norm buffers, with their values before the step
-        self._unread: list[tuple[int, list[str], Tensor]] = []  # steps, what they were of, and whether they were made
+        self._unread: list[
+            tuple[int, list[str], Tensor]
+        ] = []  # steps, what they were of, whether they were made and, if not, count
 
     def begin(self) -> None:
         """Before the first forward pass of a step: remembers what it will change."""
         norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.training]
         self._statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
 
-    def decide(self, step: int, finite: Tensor, micro: Sequence[Batch]) -> Tensor:
+    def decide(self, step: int, finite: Tensor, micro: Sequence[Batch], mendable: Tensor | None = None) -> Tensor:
         """Before the optimizer's step: () bool, whether it is made, the same on all ranks.
 
-        step: its number. finite: () bool, whether this rank's losses and gradients are. micro: what they are of.
+        step: its number. finite: () bool, whether this rank's losses and gradients are. micro: what they are of. mendable: () bool, whether a
+        smaller scale of the loss (`vlm.train.precision`) may make them so: a step that is skipped for that alone does not count as one of several.
         """
-        taken = self.ranks.sum((~finite).float()) == 0
+        mendable = torch.zeros_like(finite) if mendable is None else mendable
+        found = self.ranks.sum(torch.stack([~finite, ~finite & ~mendable]).float()) == 0
+        taken = found[0]
         self.optimizer.found_inf = (~taken).float()  # type: ignore[attr-defined]
         for buffer, before in self._statistics:
             buffer.copy_(torch.where(taken, buffer, before))
-        self._unread.append((step, [key for batch in micro for key in batch.keys], taken))
+        self._unread.append((step, [key for batch in micro for key in batch.keys], found))
         return taken
 
     def check(self, log: JsonLines | None, save: Callable[[], object], now: bool = True) -> None:
@@ -59,11 +65,17 @@ class FiniteSteps:
             return
         unread, self._unread = self._unread, []
         ended: tuple[int, list[str]] | None = None
-        for (step, keys, _), taken in zip(unread, torch.stack([taken for *_, taken in unread]).tolist(), strict=True):
-            self._in_a_row = 0 if taken else self._in_a_row + 1
+        for (step, keys, _), (taken, passes) in zip(
+            unread, torch.stack([found for *_, found in unread]).tolist(), strict=True
+        ):
             if taken:
+                self._in_a_row = 0
                 continue
             self.skipped += 1
+            if passes:
+                self._overflowed(step, log)
+                continue
+            self._in_a_row += 1
             keys = self.ranks.gather(keys)  # every rank comes here, as every rank has decided the same
             if log is not None:
                 log.write(kind="skipped", step=step, keys=keys)
@@ -79,6 +91,11 @@ class FiniteSteps:
                 f"in all; `latest` holds the last good state, log.jsonl the keys of the images (at last {', '.join(keys[:3])}). {HINT}"
             )
 
+    def _overflowed(self, step: int, log: JsonLines | None) -> None:
+        if log is not None:
+            log.write(kind="skipped", step=step, cause="overflow")
+        say(f"step {step}: the scaled gradient overflowed fp16; skipped, the scale is halved")
+
     def state(self) -> dict[str, Any]:
         """What going on needs of it, once everything is read."""
         return {"skipped": self.skipped, "in_a_row": self._in_a_row}
@@ -88,6 +105,7 @@ class FiniteSteps:
         self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
 
 
-def weights_are_finite(model: nn.Module) -> bool:
-    """Whether all parameters are; waits for the device."""
-    return bool(torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all())
+def weights_are_finite(model: nn.Module, ranks: Ranks) -> bool:
+    """Whether all parameters are, on every rank; waits for the device."""
+    here = bool(torch.stack([local(parameter).isfinite().all() for parameter in model.parameters()]).all())
+    return not ranks.any(not here)

@@ -1,7 +1,8 @@
 """AdamW's parameter groups and the rate's schedule."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,9 +20,14 @@ def named_parameters(model: nn.Module, beside: nn.Module | None = None) -> dict[
 
 
 def parameter_groups(
-    model: nn.Module, config: OptimizerConfig, beside: nn.Module | None = None
+    model: nn.Module,
+    config: OptimizerConfig,
+    beside: nn.Module | None = None,
+    factors: Mapping[str, float] = MappingProxyType({}),
 ) -> list[dict[str, object]]:
     """Groups by rate factor and decay. Biases, norms, positions and the temperature never decay. beside: see `named_parameters`.
+
+    factors: by parameter, multiplied with those of the settings' `lr_factors`.
 
     Raises:
         ConfigError: `lr_factors` names a part that is not there.
@@ -35,7 +41,7 @@ def parameter_groups(
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
         matching = [prefix for prefix in config.lr_factors if _within(name, prefix)]
-        factor = config.lr_factors[max(matching, key=len)] if matching else 1.0
+        factor = (config.lr_factors[max(matching, key=len)] if matching else 1.0) * factors.get(name, 1.0)
         groups.setdefault((factor, decays(name, parameter)), []).append(parameter)
     return [
         {
@@ -58,9 +64,16 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and not any(part in name for part in UNDECAYED)
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, beside: nn.Module | None = None) -> torch.optim.AdamW:
-    """Fused where the device has it."""
-    return torch.optim.AdamW(parameter_groups(model, config, beside), lr=config.lr, betas=config.betas, fused=True)
+def build_optimizer(
+    model: nn.Module,
+    config: OptimizerConfig,
+    beside: nn.Module | None = None,
+    factors: Mapping[str, float] = MappingProxyType({}),
+) -> torch.optim.AdamW:
+    """Fused where the device has it. factors: see `parameter_groups`."""
+    return torch.optim.AdamW(
+        parameter_groups(model, config, beside, factors), lr=config.lr, betas=config.betas, fused=True
+    )
 
 
 def optimizer_state(

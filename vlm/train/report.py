@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,26 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return records
+
+
+def training_line(step: int, steps: int, epoch: float, losses: Iterable[str], values: Mapping[str, float]) -> str:
+    """The line for people. losses: their names. values: as log.jsonl has them; what is not known is left out."""
+    parts = " ".join(f"{name} {number(values[f'{name}/loss'])}" for name in losses)
+    causes = ", ".join(f"{int(v)} {n.removeprefix('filled/')}" for n, v in values.items() if n.startswith("filled/"))
+    said = [
+        f"step {step}/{steps} (epoch {epoch:.2f})",
+        f"loss {number(values['loss'])}",
+        parts,
+        f"lr {values['lr']:.2e}",
+        f"{values['samples_per_second']:.1f} samples/s",
+        f"{values['tflops']:.3g} TFLOP/s" if "tflops" in values else "",
+        f"MFU {values['mfu']:.1%}" if "mfu" in values else "",
+        f"data wait {values['data_wait']:.0%}",
+        f"memory {values['memory_gib']:.3g} GiB" if "memory_gib" in values else "",
+        f"{int(values['filled'])} bad samples ({causes})" if causes else "",
+        f"eta {duration(values['eta_seconds'])}" if "eta_seconds" in values else "",
+    ]
+    return " | ".join(part for part in said if part)
 
 
 class Clock:

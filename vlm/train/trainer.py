@@ -2,13 +2,12 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from vlm.config import Config
 from vlm.data.batch import Batch
@@ -18,12 +17,17 @@ from vlm.tasks.task import Task
 from vlm.train import state as saved_state
 from vlm.train.accumulation import arguments
 from vlm.train.averaging import Averaging
+from vlm.train.compiling import compile_parts, uncompiled
+from vlm.train.cost import Cost
 from vlm.train.distributed import Ranks
 from vlm.train.finite import HINT, FiniteSteps, weights_are_finite
 from vlm.train.meter import Meter
 from vlm.train.optimizer import build_optimizer, load_optimizer_state, optimizer_state, schedule
-from vlm.train.report import Clock, JsonLines, duration, number, say
+from vlm.train.precision import Precision
+from vlm.train.report import Clock, number, say, training_line
+from vlm.train.sharding import Sharding, total_norm
 from vlm.train.stopping import StopRequest
+from vlm.train.trackers import RunLog
 
 
 class TrainingLoader(Protocol):
@@ -70,15 +74,14 @@ class Trainer:
             )
         self.total_steps = max(1, round(config.train.epochs * self.epoch_steps))
         task.prepare(self.epoch_steps)
-        self.optimizer = build_optimizer(task.model, config.optimizer, task.learned)
         self.factor = schedule(config.optimizer, self.total_steps, self.epoch_steps)
-        self.averaging = Averaging(task.model, config.train.averaging)
-        self.wrapped: nn.Module = task
-        if ranks.world > 1:
-            devices = [ranks.device.index] if ranks.device.type == "cuda" else None
-            self.wrapped = DistributedDataParallel(
-                task, device_ids=devices, broadcast_buffers=False, find_unused_parameters=True
-            )
+        self.sharding = Sharding(task, ranks, config.train.sharding)
+        self.averaging = Averaging(task.model, config.train.averaging, self.sharding)
+        self.optimizer = build_optimizer(task.model, config.optimizer, task.learned, task.rate_factors)
+        self.precision = Precision(config.train.precision, ranks.device)
+        if config.train.compile:
+            compile_parts(task)
+        self.cost = Cost(ranks, config.train.precision)
         self.step = 0
         self.evaluated = 0  # the step of the last evaluation
         self.finite = FiniteSteps(task.model, self.optimizer, ranks, config.train.max_skipped)
@@ -86,7 +89,7 @@ class Trainer:
         self.best: float | None = None
         self.scores: dict[str, Any] = {}
         self.stop = StopRequest()
-        self.log: JsonLines | None = None
+        self.log: RunLog | None = None
 
     def fit(self) -> dict[str, Any]:
         """Trains from the present step to the end; the scores of the last evaluation.
@@ -95,10 +98,9 @@ class Trainer:
             StoppedOnRequest: a signal asked for it; `latest` holds the state.
             UserError: the loss stays not finite, or a file cannot be written.
         """
-        out = Path(self.config.out)
         if self.ranks.main:
-            self.log = JsonLines(out / "log.jsonl", last_step=self.step if self.step else None)
-        with self.stop:
+            self.log = RunLog(self.config, self.step)
+        with self.stop, self.log or nullcontext():
             self._loop()
         return self.scores
 
@@ -163,34 +165,30 @@ class Trainer:
             )
         )
         divisors = torch.where(totals > 0, totals, torch.ones_like(totals))
-        for index, given in enumerate(arguments(self.task, micro, self.autocast)):
-            with self._no_sync(last=index == len(micro) - 1):
-                with self.autocast():
-                    losses = self.wrapped(*given)
+        for index, given in enumerate(arguments(self.task, micro, self.precision.autocast)):
+            with self.sharding.no_sync(last=index == len(micro) - 1), self.cost.counting(len(micro[index])):
+                with self.precision.autocast(), self.cost.forward():
+                    losses = self.sharding.module(*given)
                 # DDP averages gradients over ranks, so the sum over ranks needs the factor `world`.
                 total = sum(
                     (self.task.weights[n] * self.ranks.world / divisors[i]) * losses[n].sum for i, n in enumerate(names)
                 )
-                total.backward()  # type: ignore[union-attr]
+                with self.cost.backward():
+                    self.precision.scaled(total).backward()  # type: ignore[arg-type]
             meter.add(losses, micro[index])
+        self.sharding.reduce()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        mendable = self.precision.unscale(self.optimizer)
         clip = self.config.optimizer.clip
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else float("inf"))
-        taken = self.finite.decide(self.step + 1, norm.isfinite() & meter.finite(), micro)
+        norm = total_norm(torch.nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else float("inf")))
+        finite = meter.finite()
+        taken = self.finite.decide(self.step + 1, norm.isfinite() & finite, micro, mendable & finite)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.task.after_step(taken)
         self.averaging.update(self.task.model, taken)
         meter.settle(taken, norm)
-
-    def _no_sync(self, last: bool) -> AbstractContextManager[Any]:
-        if last or not isinstance(self.wrapped, DistributedDataParallel):
-            return nullcontext()
-        return self.wrapped.no_sync()
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """bf16 autocast, or nothing, on this device."""
-        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
+        self.precision.settle(self.optimizer, taken)
 
     def _check_finite(self, now: bool = True) -> None:
         self.finite.check(self.log, lambda: self.save("latest", with_state=True), now)
@@ -202,25 +200,17 @@ class Trainer:
             return
         values["skipped"] = self.finite.skipped
         values |= clock.interval()
+        values |= self.cost.figures(values["samples_per_second"])
         values["lr"] = self.config.optimizer.lr * self.factor(self.step - 1)
         values["temperature"] = float(self.task.model.temperature.detach())
         if self.log is None:
             return
         epoch = self.step / self.epoch_steps
         self.log.write(kind="train", step=self.step, epoch=epoch, **values)
-        parts = " ".join(f"{n} {number(values[f'{n}/loss'])}" for n in self.task.weights)
-        left = f" | eta {duration(values['eta_seconds'])}" if "eta_seconds" in values else ""
-        causes = ", ".join(
-            f"{int(v)} {n.removeprefix('filled/')}" for n, v in values.items() if n.startswith("filled/")
-        )
-        filled = f" | {int(values['filled'])} bad samples ({causes})" if causes else ""
-        say(
-            f"step {self.step}/{self.total_steps} (epoch {epoch:.2f}) | loss {number(values['loss'])} | {parts} | lr {values['lr']:.2e} | "
-            f"{values['samples_per_second']:.1f} samples/s | data wait {values['data_wait']:.0%}{filled}{left}"
-        )
+        say(training_line(self.step, self.total_steps, epoch, self.task.weights, values))
 
     def try_step(self, micro: list[Batch]) -> list[str]:
-        """One step, for a dry run: its losses, time and, on a GPU, peak memory."""
+        """One step, for a dry run: its losses, and its time."""
         meter = Meter(self.task.weights)
         start = time.perf_counter()
         self.task.train()
@@ -228,8 +218,6 @@ class Trainer:
         values = meter.take(self.ranks)
         lines = ["one step: " + ", ".join(f"{name} {number(value)}" for name, value in values.items())]
         lines.append(f"it took {time.perf_counter() - start:.2f} s (the first one is slower)")
-        if self.ranks.device.type == "cuda":
-            lines.append(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
         return lines
 
     def evaluate(self) -> None:
@@ -237,7 +225,7 @@ class Trainer:
         if self._evaluate is None:
             return
         self._check_finite()
-        with self.averaging.applied(self.task), self.autocast():
+        with self.averaging.applied(self.task), self.precision.autocast(), uncompiled():
             self.task.eval()
             scores, value = self._evaluate(self.task)
         self.task.train()
@@ -256,13 +244,16 @@ class Trainer:
             UserError: it cannot be written (what was there stays), or the weights are not finite.
         """
         self._check_finite()
-        if not weights_are_finite(self.task.model):
+        if not weights_are_finite(self.task.model, self.ranks):
             raise UserError(f"step {self.step}: the weights are not finite numbers; {name} stays as it was. {HINT}")
-        state = self.state() if with_state else None
+        state = (
+            saved_state.set_aside(self.state(), Path(self.config.out, f".{name}"), self.ranks) if with_state else None
+        )
+        model = self.averaging.best(self.task.model)
         failure: UserError | None = None
         if self.ranks.main:
             try:
-                self._save(name, self.averaging.best(self.task.model), self.scores, state)
+                self._save(name, model, self.scores, state)
             except UserError as error:
                 failure = error
         if self.ranks.any(failure is not None):
@@ -283,6 +274,8 @@ class Trainer:
             "random": self.ranks.gather([saved_state.random_state(self.ranks.device)]),
             "scores": self.scores,
             "finite": self.finite.state(),
+            "precision": self.precision.state(),
+            "operations": self.cost.per_sample,  # counted once, as what counts runs uncompiled
             "meter": self.ranks.gather([self.meter.state()]),
         }
 
@@ -298,6 +291,7 @@ class Trainer:
                 f"the saved run has {state['total_steps']} steps in all, but these settings and data give {self.total_steps}; {same}"
             )
         try:
+            state = saved_state.fitted(state, self.task, self.averaging.averaged)
             self.task.model.load_state_dict(state["model"])
             if self.averaging.averaged is not None and state["averaged"] is not None:
                 self.averaging.averaged.load_state_dict(state["averaged"])
@@ -309,6 +303,8 @@ class Trainer:
         saved_state.restore_random_state(state["random"], self.ranks.rank, self.ranks.world, self.ranks.device)
         self.step, self.best, self.scores = state["step"], state["best"], state["scores"]
         self.evaluated = state.get("evaluated", self.step)
+        self.precision.load_state(state.get("precision", {}))
+        self.cost.per_sample = state.get("operations")
         if "finite" in state:  # an older run's state has neither
             self.finite.load_state(state["finite"])
             if len(state["meter"]) == self.ranks.world:
