@@ -56,7 +56,10 @@ def test_values_reach_their_place_and_the_rest_keeps_its_default(write: WriteYam
         ("data: {splits: {vall: [x]}}", "unknown setting data.splits.vall; did you mean data.splits.val?"),
         ("lr: 0.1", "unknown setting lr; did you mean optimizer.lr?"),
         ("weight_decay: 0.1", "unknown setting weight_decay; did you mean optimizer.weight_decay?"),
-        ("model: {frozen: true}", "unknown setting model.frozen; did you mean model.image.frozen?"),
+        (
+            "model: {frozen: true}",
+            "unknown setting model.frozen; did you mean model.image.frozen or model.text.frozen?",
+        ),
         ("xyzzy: 1", "unknown setting xyzzy; known here: task, out, seed,"),
         ("1: 2", "unknown setting 1; known here:"),
     ],

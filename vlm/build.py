@@ -7,31 +7,35 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vlm.config import CacheConfig, Config, ModelConfig, TextConfig
+from vlm.checkpoint import read_answers, read_trained_on
+from vlm.config import CacheConfig, Config, Head, ModelConfig
 from vlm.data.encoders import answers_questions as answers_questions
 from vlm.data.encoders import sample_encoder as sample_encoder
 from vlm.data.hiding import PatchHiding, patch_hiding
-from vlm.data.index import ShardSet, load_index
+from vlm.data.index import ShardSet, list_shards, load_index
 from vlm.data.loader import Loader
-from vlm.data.scan import image_ids, texts
-from vlm.data.text import Tokenizer, clean_caption, train_wordpiece, trim
+from vlm.data.scan import image_ids
+from vlm.data.text import Tokenizer
 from vlm.errors import ConfigError, UserError
+from vlm.finetune import prepare_finetuning
 from vlm.hub import local_folder
-from vlm.model.convert.bert import TextWeights, trim_vocabulary
-from vlm.model.convert.text_folder import is_text_folder, load_text_folder
+from vlm.low_rank import add_adapters
+from vlm.model.convert.text_folder import is_text_folder
 from vlm.model.generation import Rules
 from vlm.model.image_encoder import ImageEncoder
-from vlm.model.initialise import decoder_from_fusion, language_from_masked, load_by_name, load_text_weights
+from vlm.model.initialise import Started, decoder_from_fusion, language_from_masked, load_by_name, load_text_weights
 from vlm.model.pretrained import load_metadata, model_config, read_weights
 from vlm.model.vision_language import VisionLanguageModel
 from vlm.objectives.self_critical import SelfCritical
-from vlm.start import start_teacher
+from vlm.order_settings import streams_of
+from vlm.start import check_set_weights, known_classifier, start_teacher, with_classifier
 from vlm.tasks.captioning import CaptioningTask, caption_reward
 from vlm.tasks.pretraining import Pretraining
 from vlm.tasks.task import Task
 from vlm.tasks.vqa import build_vqa
 from vlm.train.distributed import Ranks
 from vlm.train.report import say
+from vlm.vocabulary import tokenizer_and_text
 
 CHECKED_IMAGES = 2_000_000
 """Above this many training images their identities are not kept and the check of honest splits is left to the user."""
@@ -39,45 +43,67 @@ CHECKED_IMAGES = 2_000_000
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of. `config` is the given one with the model's settings as they came out."""
+    """What a run is made of. `config`: the given one with the model's settings as they came out. `new`: the model's parameters that nothing was
+    loaded into.
+    """
 
     config: Config
     tokenizer: Tokenizer
     model: VisionLanguageModel
+    new: frozenset[str] = frozenset()
 
 
-def load_sets(folders: Sequence[str], key: str, cache: CacheConfig | None = None) -> list[ShardSet]:
-    """The shards of a split; cache: for the remote ones.
+def load_sets(
+    folders: Sequence[str], key: str, cache: CacheConfig | None = None, order: str = "exact"
+) -> list[ShardSet]:
+    """The shards of a split; cache: for the remote ones. order: `data.order`, if it is for training: resampled, remote ones need no index.
 
     Raises:
         ConfigError: none is given. UserError: one cannot be used.
     """
     if not folders:
         raise ConfigError(f"{key} is empty; give at least one folder of shards (made by datasets/NAME/prepare.py).")
-    return [load_index(folder, cache) for folder in folders]
+    load = list_shards if order == "resampled" else load_index
+    return [load(folder, cache) for folder in folders]
 
 
-def build_parts(config: Config, sets: Sequence[ShardSet]) -> Parts:
-    """Tokenizer and model, from a checkpoint (`init_from`), BERT-shaped weights (`text_weights`) or anew; `sets`: the training shards."""
+def build_parts(config: Config, sets: Sequence[ShardSet], answers: Sequence[str] = ()) -> Parts:
+    """Tokenizer and model, from a checkpoint (`init_from`), BERT-shaped weights (`text_weights`) or anew; `sets`: the training shards; answers: what
+    a classifier is to choose from."""
     torch.manual_seed(config.seed)
+    config = with_classifier(config, answers)
     if config.init_from is not None:
         folder = str(local_folder(config.init_from))
         if not is_text_folder(folder):
-            return _from_checkpoint(config, folder)
+            return _from_checkpoint(config, folder, answers)
         config = replace(config, init_from=None, text_weights=folder)
-    tokenizer, weights, text = _tokenizer_and_text(config, sets)
+    tokenizer, weights, text = tokenizer_and_text(config, sets)
     config = replace(
         config,
         model=replace(config.model, text=replace(text, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id)),
     )
     model = VisionLanguageModel(config.model)
+    known: list[str] = []
+    if config.model.image.weights or config.model.image.pretrained:
+        known = [f"image_encoder.backbone.{name}" for name in model.image_encoder.backbone.state_dict()]
     if weights is not None:
-        say(load_text_weights(model, weights).summary(f"text from {config.text_weights}"))
-    _say(decoder_from_fusion(model))
-    return Parts(_with_image_size(config, model), tokenizer, model)
+        report, names = load_text_weights(model, weights)
+        say(report.summary(f"text from {config.text_weights}"))
+        known += names
+    started = _told(decoder_from_fusion(model))
+    if weights is not None:  # otherwise it is as new as what it was started from
+        known += started
+    return _parts(config, tokenizer, model, known)
 
 
-def _from_checkpoint(config: Config, folder: str) -> Parts:
+def _parts(config: Config, tokenizer: Tokenizer, model: VisionLanguageModel, known: Sequence[str]) -> Parts:
+    """known: the names of what was loaded."""
+    new = frozenset(name for name, _ in model.named_parameters()) - set(known)
+    config = _with_image_size(config, model)
+    return Parts(config, tokenizer, model, add_adapters(model, config.finetune.low_rank, new))
+
+
+def _from_checkpoint(config: Config, folder: str, answers: Sequence[str]) -> Parts:
     metadata = load_metadata(folder)
     saved = model_config(metadata, folder)
     ours = config.model
@@ -94,8 +120,11 @@ def _from_checkpoint(config: Config, folder: str) -> Parts:
     # The checkpoint's decoder stays unless another one is asked for: `shared` is also what a config says that does not speak of it.
     decoder = ours if ours.decoder == "separate" else saved
     # Heads that a converted checkpoint lacks start anew, where the task has a use for them.
-    wanted = ours.heads if config.task == "pretraining" else ("language",)
-    heads = tuple(head for head in ModelConfig().heads if head in (*saved.heads, *wanted))
+    # A classifier is of the run's own answers, or is not kept.
+    classifier: tuple[Head, ...] = ("classifier",) if "classifier" in ours.heads else ()
+    wanted = ours.heads if config.task == "pretraining" else classifier or ("language",)
+    beside: tuple[Head, ...] = ("contrastive",) if config.finetune.contrastive else ()
+    heads = tuple(head for head in ModelConfig().heads if head in (*saved.heads, *wanted, *beside)) + classifier
     merged = replace(
         saved,
         image=image,
@@ -104,27 +133,35 @@ def _from_checkpoint(config: Config, folder: str) -> Parts:
             dropout=ours.text.dropout,
             attention_dropout=ours.text.attention_dropout,
             checkpointing=ours.text.checkpointing,
+            frozen=ours.text.frozen,
+            trainable_layers=ours.text.trainable_layers,
         ),
         heads=heads,
+        answers=ours.answers,
         decoder=decoder.decoder,
         decoder_layers=decoder.decoder_layers,
         decoder_reads=decoder.decoder_reads,
     )
     model = VisionLanguageModel(merged, load=False)
-    report = load_by_name(model, read_weights(Path(folder)))
+    state = known_classifier(read_weights(Path(folder)), read_answers(Path(folder)), answers, model)
+    report = load_by_name(model, state)
     say(report.summary(folder))
+    known = [*report.loaded]
     if not any(name.startswith("decoder.") for name in report.loaded):
-        _say(decoder_from_fusion(model))
+        known += _told(decoder_from_fusion(model))
     if "language" not in saved.heads and "masked_language" in saved.heads:
-        _say(language_from_masked(model))
+        known += _told(language_from_masked(model))
     if ours.image.image_size is not None:
         model.image_encoder.resize(ours.image.image_size)
-    return Parts(_with_image_size(replace(config, model=merged), model), Tokenizer.load(folder), model)
+    return _parts(replace(config, model=merged), Tokenizer.load(folder), model, known)
 
 
-def _say(text: str | None) -> None:
-    if text is not None:
-        say(text)
+def _told(started: Started | None) -> list[str]:
+    """The names of what was started from another part, once that is said."""
+    if started is None:
+        return []
+    say(started.text)
+    return started.names
 
 
 def _with_image_size(config: Config, model: VisionLanguageModel) -> Config:
@@ -134,46 +171,6 @@ def _with_image_size(config: Config, model: VisionLanguageModel) -> Config:
     )
     model.config = settings
     return replace(config, model=settings)
-
-
-def _tokenizer_and_text(config: Config, sets: Sequence[ShardSet]) -> tuple[Tokenizer, TextWeights | None, TextConfig]:
-    """The tokenizer, the text weights trimmed to it if any, and the text settings that fit them."""
-    text, settings = config.model.text, config.tokenizer
-    weights: TextWeights | None = None
-    if config.text_weights is not None:
-        fields, weights = load_text_folder(config.text_weights)
-        if text.layers > fields["layers"]:
-            raise ConfigError(
-                f"model.text.layers={text.layers}, but {config.text_weights} has {fields['layers']}; use at most that many."
-            )
-        kept_here = {"layers", "cross_attention", "dropout", "attention_dropout", "checkpointing"}
-        text = replace(text, **{k: v for k, v in fields.items() if k not in kept_here and k != "max_positions"})
-        text = replace(text, max_positions=min(text.max_positions, fields["max_positions"]))
-    source = settings.source or config.text_weights
-    if source is None:
-        say(f"training a WordPiece vocabulary of at most {settings.vocab_size} tokens on the shards' text")
-        return train_wordpiece([*_all_text(config, sets), *_prompts(config)], settings.vocab_size), None, text
-    tokenizer = Tokenizer.load(source)
-    if settings.trim:
-        tokenizer, kept = trim(tokenizer, _all_text(config, sets), settings.min_count, _prompts(config))
-        say(f"vocabulary trimmed to {tokenizer.vocab_size} tokens that occur")
-        if weights is not None:
-            weights = trim_vocabulary(weights, torch.tensor(kept))
-    if weights is not None and len(weights.transformer["embeddings.word.weight"]) != tokenizer.vocab_size:
-        raise ConfigError(
-            f"tokenizer.source={source} has {tokenizer.vocab_size} tokens, the text weights another number; take the tokenizer they came with."
-        )
-    return tokenizer, weights, text
-
-
-def _all_text(config: Config, sets: Sequence[ShardSet]) -> list[str]:
-    """The training shards' distinct texts and those of later tasks, cleaned as the model will see them."""
-    more = [load_index(folder, config.data.cache) for folder in config.tokenizer.trim_to]
-    return sorted({clean_caption(text) for text in texts([*sets, *more])})
-
-
-def _prompts(config: Config) -> list[str]:
-    return [config.data.prompt, config.data.question_prompt.replace("{question}", " ")]
 
 
 def image_hiding(config: Config, encoder: ImageEncoder) -> PatchHiding | None:
@@ -190,19 +187,21 @@ def image_hiding(config: Config, encoder: ImageEncoder) -> PatchHiding | None:
 
 def training_loader(config: Config, parts: Parts, sets: Sequence[ShardSet], ranks: Ranks) -> Loader:
     """Micro-batches of the training split for this rank."""
+    check_set_weights(config, sets)
     data, encoder = config.data, parts.model.image_encoder
     return Loader(
         sets,
         sample_encoder(config, parts.tokenizer, encoder.image_size, True, image_hiding(config, encoder)),
         data.batch_size // config.train.accumulate,
         seed=config.seed,
-        streams=data.streams,
+        streams=streams_of(data, sets),
         shuffle_block=data.shuffle_block,
         workers=data.workers,
         rank=ranks.rank,
         world=ranks.world,
         max_bad_fraction=data.max_bad_fraction,
         mixture=data.mixture,
+        declared=data.epoch_samples,
     )
 
 
@@ -267,16 +266,17 @@ def build_task(config: Config, parts: Parts, answers: Sequence[str] = (), sets: 
         )
     task = TASKS[config.task](config, parts, answers, sets)
     task.blank_images = config.data.blank_images
+    prepare_finetuning(task, config, parts.tokenizer, parts.new, training=bool(sets))
     if isinstance(task, Pretraining) and task.teacher is not None and config.init_from is not None and sets:
-        _say(start_teacher(task.teacher, local_folder(config.init_from)))
+        told = start_teacher(task.teacher, local_folder(config.init_from))
+        if told is not None:
+            say(told)
     return task
 
 
 def training_images(sets: Sequence[ShardSet], init_from: str | None) -> Tensor | None:
     """Sorted identities (N,) int64 of all images that the model will have been trained on, with those of the checkpoint it starts from."""
-    from vlm.checkpoint import read_trained_on
-
-    if sum(s.samples for s in sets) > CHECKED_IMAGES:
+    if sum(s.samples for s in sets) > CHECKED_IMAGES or not all(s.counted for s in sets):
         return None
     before = read_trained_on(local_folder(init_from)) if init_from is not None else None
     ids = image_ids(sets) | (set(before.tolist()) if before is not None else set())

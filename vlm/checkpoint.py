@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vlm.config import Config
 from vlm.errors import CheckpointError
+from vlm.low_rank import plain_state
 from vlm.model.pretrained import replacing_folder, save_pretrained
 from vlm.train.state import save_state
 
@@ -54,7 +55,7 @@ def write_checkpoint(
     """
     metadata = checkpoint_metadata(config) | {"scores": scores}
     with replacing_folder(folder) as new:
-        save_pretrained(model.state_dict(), new, metadata, tokenizer_json, model_card(config, scores))
+        save_pretrained(plain_state(model), new, metadata, tokenizer_json, model_card(config, scores))
         if trained_on is not None:
             save_file({"image_ids": trained_on}, new / TRAINED_ON)
         if answers:

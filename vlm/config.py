@@ -1,18 +1,22 @@
 """Every setting of the library, typed: one frozen dataclass for each room, `Config` for a whole run.
 
-This module and its parts, `config_data` and `config_objectives`, import the standard library only, so that every room may import its own
-settings. Reading YAML, checking types and command-line overrides live in `vlm/settings.py`.
+This module and its parts (`config_*.py`) import the standard library only, so that every room may import its own settings. Reading YAML,
+checking types and command-line overrides live in `vlm/settings.py`.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 from vlm.config_data import CacheConfig as CacheConfig
 from vlm.config_data import DataConfig as DataConfig
 from vlm.config_data import SplitsConfig as SplitsConfig
+from vlm.config_finetune import AdversarialConfig as AdversarialConfig
+from vlm.config_finetune import FinetuneConfig as FinetuneConfig
+from vlm.config_finetune import LowRankConfig as LowRankConfig
 from vlm.config_objectives import ObjectivesConfig as ObjectivesConfig
+from vlm.config_vqa import VqaConfig as VqaConfig
 
-Head = Literal["contrastive", "matching", "masked_language", "language"]
+Head = Literal["contrastive", "matching", "masked_language", "language", "classifier"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +88,10 @@ class TextConfig:
     """Activation of the feed-forward part (exact GELU)."""
     checkpointing: bool = False
     """Recompute activations in the backward pass, of a separate decoder too: less memory, more time."""
+    frozen: bool = False
+    """Do not train the embeddings and layers, except their cross-attention; heads and a separate decoder are trained."""
+    trainable_layers: int | None = None
+    """Train only the last N layers, and the cross-attention of all; null trains all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +104,11 @@ class ModelConfig:
     """Text Transformer: text encoder, fusion encoder and, if shared, decoder."""
     embed_dim: int = 256
     """Width E of the image and text embeddings that the contrastive objective compares."""
-    heads: tuple[Head, ...] = get_args(Head)
-    """The heads that there are. A converted checkpoint has those of its source only, and cannot do what the others are for."""
+    heads: tuple[Head, ...] = ("contrastive", "matching", "masked_language", "language")
+    """The heads that there are. A converted checkpoint has those of its source only, and cannot do what the others are for. `classifier` comes with
+    vqa.form=classify."""
+    answers: int = 0
+    """Answers that the classifier chooses from; set from the answer list when training starts."""
     text_pool: Literal["first", "mean", "pooler"] = "first"
     """The text's embedding comes from its first token (ALBEF, BLIP), the mean over its tokens (MiniLM's sentence embedding), or BERT's
     pooler: its first token through a linear map and tanh (BlipModel)."""
@@ -139,19 +150,6 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VqaConfig:
-    """Visual question answering."""
-
-    form: Literal["encoder_decoder", "prompted"] = "prompted"
-    """encoder_decoder: the question is fused with the image and the decoder attends to its states (ALBEF, BLIP);
-    prompted: the decoder reads the image and the question is its prompt (one model for captions and answers)."""
-    min_answer_count: int = 1
-    """Answers of the training split that occur at least so often form the answer list."""
-    inference: Literal["rank", "generate"] = "rank"
-    """rank: the best of the answer list, exactly; generate: open generation."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class RetrievalConfig:
     """How pretraining's retrieval is evaluated."""
 
@@ -169,6 +167,11 @@ class OptimizerConfig:
     """Peak rate."""
     lr_factors: dict[str, float] = field(default_factory=dict)
     """Rate factors by part of the model, e.g. {image_encoder: 0.1, text.layers.0: 0.5}; the longest matching name counts."""
+    layer_decay: float = 1.0
+    """Rate factor for each layer below the heads: text layers, blocks of a ViT, stages of a convolutional network; embeddings and stem are lowest
+    (BEiT, ELECTRA: 0.65 to 0.9). It multiplies lr_factors."""
+    new_lr_factor: float = 1.0
+    """Rate factor of what init_from, text_weights and image.weights did not bring; it multiplies the others."""
     weight_decay: float = 0.05
     """Decay; biases, norms, embeddings of position and temperature never decay."""
     betas: tuple[float, float] = (0.9, 0.98)
@@ -194,8 +197,13 @@ class TrainConfig:
     accumulate: int = 1
     """Micro-batches an optimizer step: as many times less memory. The contrastive loss still compares the whole batch, with its exact gradients, for
     which images and texts are encoded twice; hard negatives come from the micro-batch."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """fp32, or bf16 autocast, on the CPU and on a GPU."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """fp32, or bf16 or fp16 autocast, on the CPU and on a GPU; fp16, with a scaled loss, for GPUs without bf16."""
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun. ddp: every rank holds the whole model. fsdp: in pieces (FSDP2), for models that do not fit; see docs/distributed.md."""
+    compile: bool = False
+    """torch.compile of image encoder and text stacks (needs a C++ compiler, on a GPU Triton): a slow start, faster steps; --dry-run says of how many
+    graphs. Evaluation is not compiled."""
     averaging: float = 0.0
     """Decay of the averaged weights (exponential), which are evaluated and saved; 0 turns it off."""
     log_every: int = 20
@@ -204,6 +212,10 @@ class TrainConfig:
     """Steps between evaluations; 0: at the end of every epoch."""
     evaluate_images: int = 1000
     """Images used in evaluations while training."""
+    samples: int = 8
+    """Pictures of each validation set that evaluations show with what the model says of them, in OUT/samples and in the trackers; 0: none."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where the run can be watched beside log.jsonl; a new start goes on with the same run there."""
     save_every: int = 500
     """Steps between saves of the full state; it is also saved at each evaluation and on request."""
     keep: int = 0
@@ -230,6 +242,14 @@ class GenerationConfig:
     """Divides the probability of tokens already used (1: none)."""
     no_repeat_ngram: int = 0
     """Forbid repeating n-grams of this size; 0 allows."""
+    banned_words: tuple[str, ...] = ()
+    """Words and phrases that no caption contains, in any spelling that the tokenizer has for them."""
+    temperature: float = 1.0
+    """Of captions that are drawn instead of searched: below 1 the likely words become likelier, above 1 the others."""
+    top_k: int = 0
+    """Drawn captions: only the so many likeliest tokens; 0 takes all."""
+    top_p: float = 0.9
+    """Drawn captions: only the likeliest tokens that together reach this probability (nucleus sampling); 1 takes all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,8 +268,8 @@ class Config:
     text_weights: str | None = None
     """A folder with BERT-shaped weights and their tokenizer to start the text Transformer from."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """The model; with init_from its shape is the checkpoint's, and only image_size, frozen, trainable_blocks, batch_norm, checkpointing,
-    drop_path, patch_drop, dropout and attention_dropout are taken from here, and a separate decoder where one is asked for."""
+    """The model; with init_from its shape is the checkpoint's, and only image_size, frozen, trainable_blocks, trainable_layers, batch_norm,
+    checkpointing, drop_path, patch_drop, dropout and attention_dropout are taken from here, and a separate decoder where one is asked for."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """Tokens."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -264,5 +284,7 @@ class Config:
     """Optimizer."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Loop."""
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    """Fine-tuning."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """Decoding."""

@@ -3,11 +3,12 @@
 import math
 from typing import Any
 
+from vlm import finetune_check
 from vlm.config import Config, DataConfig
 from vlm.errors import ConfigError
 
 ABOVE_0 = (
-    *("data.batch_size", "data.streams", "data.shuffle_block", "data.max_answer_tokens", "tokenizer.vocab_size"),
+    *("data.batch_size", "data.shuffle_block", "data.max_answer_tokens", "tokenizer.vocab_size"),
     *("tokenizer.min_count", "data.cache.gigabytes", "data.cache.timeout"),
     *("model.embed_dim", "model.temperature", "model.decoder_layers"),
     *(
@@ -26,7 +27,7 @@ ABOVE_0 = (
 FROM_0 = (
     "data.cache.retries",
     *("data.workers", "optimizer.weight_decay", "optimizer.warmup_steps", "optimizer.min_lr_factor", "optimizer.clip"),
-    *("train.evaluate_every", "train.keep", "generation.min_length", "generation.no_repeat_ngram"),
+    *("train.evaluate_every", "train.samples", "train.keep", "generation.min_length", "generation.no_repeat_ngram"),
     *(
         "objectives.contrastive",
         "objectives.matching",
@@ -89,7 +90,9 @@ def check(config: Config) -> None:
             "turn one of them off."
         )
     _check_teacher(config)
+    finetune_check.check_finetune(config)
     _check_mixture(config.data)
+    _check_order(config.data)
     if (config.task == "vqa" or data.questions) and "{question}" not in data.question_prompt:
         raise ConfigError(f"data.question_prompt={data.question_prompt!r} must contain {{question}}.")
     if config.init_from is None:  # else the model is the checkpoint's, and the caller checks once more
@@ -106,6 +109,20 @@ def _check_mixture(data: DataConfig) -> None:
     if not all(0 < weight < math.inf for weight in weights):
         raise ConfigError(
             f"data.mixture={list(weights)}; expected passes an epoch above 0, e.g. 2 or 0.5; leave out of data.splits.train what is not to be read."
+        )
+
+
+def _check_order(data: DataConfig) -> None:
+    if data.streams is not None and data.streams < 1:
+        raise ConfigError(f"data.streams={data.streams}; expected a number above 0, or null.")
+    declared = data.epoch_samples
+    if data.order == "resampled" and (declared is None or declared < 1):
+        raise ConfigError(
+            f"data.order=resampled with data.epoch_samples={declared}: such an epoch has no length of its own; give one, e.g. 1000000."
+        )
+    if data.order == "exact" and declared is not None:
+        raise ConfigError(
+            f"data.epoch_samples={declared}, but data.order=exact, whose epoch is all records; use data.order=resampled, or null."
         )
 
 
@@ -154,10 +171,10 @@ def check_lengths(config: Config) -> None:
 
 
 def _check_ranges(config: Config) -> None:
-    for key in ABOVE_0:
+    for key in (*ABOVE_0, *finetune_check.ABOVE_0):
         if not 0 < (value := _value(config, key)) < math.inf:
             raise ConfigError(f"{key}={value}; expected a number above 0.")
-    for key in FROM_0:
+    for key in (*FROM_0, *finetune_check.FROM_0):
         if not 0 <= (value := _value(config, key)) < math.inf:
             raise ConfigError(f"{key}={value}; expected 0 or more.")
     for key in SHARES:

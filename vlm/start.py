@@ -1,26 +1,86 @@
-"""What a checkpoint may bring for a training's start beside its model: the momentum copies and the queue of the authors' files.
+"""What a training's start needs beside the model's own weights: a classifier of the run's answers, and what a checkpoint may bring: the weights of
+the answers that it knew, the momentum copies and the queue of the authors' files.
 
 `vlm convert albef|blip-original --keep-momentum` writes them to momentum.safetensors; a pretraining with a teacher that starts from that folder
 (`init_from`) takes them over.
 """
 
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vlm.errors import CheckpointError
+from vlm.config import Config
+from vlm.data.index import ShardSet
+from vlm.errors import CheckpointError, ConfigError
 from vlm.model.convert.authors import Momentum
 from vlm.model.initialise import load_by_name
 from vlm.model.pretrained import load_metadata, model_config
+from vlm.model.vision_language import VisionLanguageModel
 from vlm.objectives.pairs import Pairs
 from vlm.objectives.teacher import Teacher
 
 MOMENTUM = "momentum.safetensors"
 MODEL, IMAGE_QUEUE, TEXT_QUEUE = "model.", "queue.image", "queue.text"
+OUTPUT = "answer_head.output."
 UNKNOWN_IMAGE = -1
 """Identity of a queue's images, which the files do not tell: that of no image of ours."""
+
+
+def with_classifier(config: Config, answers: Sequence[str]) -> Config:
+    """The settings with a classifier of the run's answers, where it learns to classify.
+
+    Raises:
+        ConfigError: the answer list is empty.
+    """
+    if config.task != "vqa" or config.vqa.form != "classify":
+        return config
+    if not answers:
+        raise ConfigError(
+            f"vqa.form=classify needs an answer list, and the training questions have no answer {config.vqa.min_answer_count} times; "
+            "lower vqa.min_answer_count."
+        )
+    heads = tuple(head for head in config.model.heads if head != "classifier")
+    return replace(config, model=replace(config.model, heads=(*heads, "classifier"), answers=len(answers)))
+
+
+def check_set_weights(config: Config, sets: Sequence[ShardSet]) -> None:
+    """Refuses weights of sets that are not there, or that are none.
+
+    Raises:
+        ConfigError: names them.
+    """
+    sources = sorted({shards.source for shards in sets})
+    for name, weight in config.vqa.set_weights.items():
+        if name not in sources:
+            raise ConfigError(
+                f"vqa.set_weights names {name!r}, but the training shards are of {', '.join(sources)}; name one of these."
+            )
+        if not 0 < weight < math.inf:
+            raise ConfigError(f"vqa.set_weights.{name}={weight}; expected a number above 0, e.g. 0.5.")
+
+
+def known_classifier(
+    state: dict[str, Tensor], known: Sequence[str], answers: Sequence[str], model: VisionLanguageModel
+) -> dict[str, Tensor]:
+    """A checkpoint's tensors with its classifier's outputs in the order of the run's answers, so that loading by name gives each its own.
+
+    known: the checkpoint's answers. Answers that it does not know keep the model's start.
+    """
+    place = {answer: i for i, answer in enumerate(known)}
+    pairs = [(i, place[answer]) for i, answer in enumerate(answers) if answer in place]
+    head, weight = model.answer_head, state.get(OUTPUT + "weight")
+    if head is None or weight is None or len(weight) != len(known) or not pairs:
+        return {name: tensor for name, tensor in state.items() if not name.startswith(OUTPUT)}
+    own = {OUTPUT + name: tensor.clone() for name, tensor in head.output.state_dict().items()}
+    to, source = torch.tensor(pairs).unbind(1)
+    for name, tensor in own.items():
+        tensor[to] = state[name][source].to(tensor)
+    return state | own
 
 
 def momentum_tensors(momentum: Momentum) -> dict[str, Tensor]:

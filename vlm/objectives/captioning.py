@@ -1,6 +1,7 @@
 """Causal language modelling given the image (LM; Li et al. 2022, BLIP). Letters: T texts, L tokens, D width, V vocabulary, N predicted tokens."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -10,6 +11,16 @@ from torch import Tensor
 from vlm.data.batch import Batch
 from vlm.model.vision_language import VisionLanguageModel
 from vlm.objectives.objective import Features, Loss, Pass, exact
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a pass says where a label is. states: (N, D). logits: (N, V), in fp32 or better. labels, weight: (N,)."""
+
+    states: Tensor
+    logits: Tensor
+    labels: Tensor
+    weight: Tensor
 
 
 class Captioning:
@@ -47,12 +58,20 @@ class Captioning:
 
     def loss(self, model: VisionLanguageModel, outputs: Sequence[Tensor], features: Features, batch: Batch) -> Loss:
         """Weighted cross-entropy, summed."""
-        texts, rows = batch.texts, self._rows(batch)
-        if len(rows) == 0:
+        if not outputs:
             zero = features.memory["decoder"].keys[0].sum() * 0.0
             return Loss(zero, self.count(batch), {"accuracy": (zero.detach(), zero.detach())})
-        given = (texts.ids[rows], texts.mask[rows], texts.prompt[rows], texts.weight[rows])
-        total, right, tokens = sequence_loss(model, outputs[0], *given, self.label_smoothing)
+        return self.judge(model, self.predictions(model, outputs[0], batch), features, batch)
+
+    def predictions(self, model: VisionLanguageModel, output: Tensor, batch: Batch) -> Predictions:
+        """Of a pass as requested, (R, L, D)."""
+        texts, rows = batch.texts, self._rows(batch)
+        given = (texts.ids[rows], texts.mask[rows], texts.prompt[rows], batch.weight[rows])
+        return predictions(model, output, *given)
+
+    def judge(self, model: VisionLanguageModel, found: Predictions, features: Features, batch: Batch) -> Loss:  # noqa: ARG002
+        """The loss of one pass's predictions."""
+        total, right, tokens = cross_entropy(found, self.label_smoothing)
         return Loss(total, self.count(batch), {"accuracy": (right, tokens)})
 
     def _rows(self, batch: Batch) -> Tensor:
@@ -79,14 +98,22 @@ def sequence_loss(
     weight: Tensor,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sum of the predicted tokens' cross-entropies; how many were right; how many there were. The head runs where a label is only.
+    """Weighted sum of the predicted tokens' cross-entropies; how many were right; how many there were. See `predictions`."""
+    return cross_entropy(predictions(model, states, ids, mask, prompt, weight), label_smoothing)
 
-    states: (T, L, D) causal. ids, mask: (T, L). prompt, weight: (T,).
-    """
+
+def predictions(
+    model: VisionLanguageModel, states: Tensor, ids: Tensor, mask: Tensor, prompt: Tensor, weight: Tensor
+) -> Predictions:
+    """The head runs where a label is only. states: (T, L, D) causal. ids, mask: (T, L). prompt, weight: (T,)."""
     wanted = predicted(mask, prompt) & (weight > 0)[:, None]
-    labels = ids[:, 1:][wanted]
-    logits = exact(model.language_logits(states[:, :-1][wanted]))
-    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+    at_labels = states[:, :-1][wanted]
     weights = weight[:, None].expand_as(wanted)[wanted]
-    total = (losses * weights).sum()
-    return total, (logits.argmax(1) == labels).sum(), wanted.sum()
+    return Predictions(at_labels, exact(model.language_logits(at_labels)), ids[:, 1:][wanted], weights)
+
+
+def cross_entropy(found: Predictions, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted sum over the labels; how many were right; how many there were."""
+    losses = F.cross_entropy(found.logits, found.labels, reduction="none", label_smoothing=label_smoothing)
+    right = (found.logits.argmax(1) == found.labels).sum()
+    return (losses * found.weight).sum(), right, torch.full_like(right, len(found.labels))

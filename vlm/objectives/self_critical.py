@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from vlm.data.batch import Batch
-from vlm.model.generation import Rules, sample
+from vlm.model.generation import Rules
 from vlm.model.lengths import by_length
+from vlm.model.sampling import Policy, sample
 from vlm.model.vision_language import VisionLanguageModel
 from vlm.objectives.objective import Features, Loss, Pass, exact
 
@@ -72,7 +73,7 @@ class SelfCritical:
         prompts = torch.tensor([self.prompt], device=rows.device).expand(len(rows), -1)
         training = model.training
         model.eval()  # what is rewarded is the model as it will be used, without dropout
-        drawn = sample(model, memory, prompts, None, self.rules, self.temperature)
+        drawn = sample(model, memory, prompts, None, self.rules, Policy(temperature=self.temperature))
         model.train(training)
         return [text.ids for text in drawn]
 

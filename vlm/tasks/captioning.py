@@ -9,28 +9,35 @@ from vlm.config import GenerationConfig
 from vlm.data.batch import Batch
 from vlm.data.index import ShardSet
 from vlm.data.scan import scan
+from vlm.data.spellings import spellings
 from vlm.data.text import Tokenizer, tidy
+from vlm.errors import ConfigError
 from vlm.metrics.captions import CiderD, caption_scores
 from vlm.metrics.interval import bootstrap
 from vlm.metrics.ptb import tokenize_all
 from vlm.model.attention import CrossMemory
-from vlm.model.beam_search import beam_search
+from vlm.model.beam_search import best_texts
 from vlm.model.generation import Generated, Rules
+from vlm.model.sampling import Policy, distinct_samples, sample
 from vlm.model.vision_language import VisionLanguageModel
 from vlm.objectives.captioning import Captioning
 from vlm.objectives.objective import Objective
 from vlm.objectives.self_critical import Reward, SelfCritical
+from vlm.tasks.retrieval import embedded, recalls
 from vlm.tasks.task import Record, Task
 
 
 def generation_rules(settings: GenerationConfig, tokenizer: Tokenizer) -> Rules:
     """The settings in the form that decoding takes."""
+    if isinstance(settings.banned_words, str):
+        raise ConfigError(f"banned_words is a single text, expected several; write [{settings.banned_words!r}].")
     return Rules(
         end_id=tokenizer.sep_id,
         max_length=settings.max_length,
         min_length=min(settings.min_length, settings.max_length - 1),
         repetition_penalty=settings.repetition_penalty,
         no_repeat_ngram=settings.no_repeat_ngram,
+        banned=tuple(dict.fromkeys(s for words in settings.banned_words for s in spellings(tokenizer, words))),
     )
 
 
@@ -38,10 +45,39 @@ def generate_captions(
     model: VisionLanguageModel, memory: CrossMemory, tokenizer: Tokenizer, prompt: str, settings: GenerationConfig
 ) -> list[Generated]:
     """One caption for each row of the images' decoder memory."""
-    ids = caption_start(model, tokenizer, prompt, len(memory))
-    return beam_search(
-        model, memory, ids, None, generation_rules(settings, tokenizer), settings.beams, settings.length_penalty
-    )
+    return [best for best, *_ in generate_several(model, memory, tokenizer, prompt, settings, 1)]
+
+
+def generate_several(
+    model: VisionLanguageModel,
+    memory: CrossMemory,
+    tokenizer: Tokenizer,
+    prompt: str,
+    settings: GenerationConfig,
+    count: int,
+) -> list[list[Generated]]:
+    """The `count` best captions that the search finds for each row of the images' decoder memory, best first."""
+    ids, rules = caption_start(model, tokenizer, prompt, len(memory)), generation_rules(settings, tokenizer)
+    return best_texts(model, memory, ids, None, rules, settings.beams, settings.length_penalty, count=count)
+
+
+def draw_captions(
+    model: VisionLanguageModel,
+    memory: CrossMemory,
+    tokenizer: Tokenizer,
+    prompt: str,
+    settings: GenerationConfig,
+    count: int,
+    seed: int,
+) -> list[list[Generated]]:
+    """`count` captions for each row of the images' decoder memory, drawn from `seed`; several are all different."""
+    ids, rules = caption_start(model, tokenizer, prompt, len(memory)), generation_rules(settings, tokenizer)
+    policy = Policy(temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p)
+    # One generator for each image, so that its captions depend on nothing but itself and the seed.
+    generators = [torch.Generator(ids.device).manual_seed(seed) for _ in ids]
+    if count == 1:
+        return [[text] for text in sample(model, memory, ids, None, rules, policy, generators)]
+    return distinct_samples(model, memory, ids, None, rules, policy, count, generators)
 
 
 def caption_start(model: VisionLanguageModel, tokenizer: Tokenizer, prompt: str, rows: int) -> Tensor:
@@ -95,9 +131,11 @@ class CaptioningTask(Task):
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Record]:
         """One record an image: its caption, confidence and references."""
-        memory = self.model.memory(self.encode_image(batch.images).tokens, None, "decoder")
+        features = self.encode_image(batch.images)
+        memory = self.model.memory(features.tokens, None, "decoder")
         captions = generate_captions(self.model, memory, self.tokenizer, self.prompt, self.generation)
         first = _first_rows(batch.texts.image, len(batch))
+        compared = embedded(self.model, features, batch) if "contrastive" in self.objectives else [{}] * len(batch)
         return [
             {
                 "key": key,
@@ -105,12 +143,15 @@ class CaptioningTask(Task):
                 "caption": tidy(self.tokenizer.decode(captions[i].ids)),
                 "confidence": captions[i].confidence,
                 "references": batch.sources[first[i]]["references"],
+                **compared[i],
             }
             for i, key in enumerate(batch.keys)
         ]
 
     def evaluate(self, records: Iterable[Record]) -> dict[str, float]:
-        """Bleu_1..4, ROUGE_L and CIDEr as pycocoevalcap gives them, in percent (CIDEr 100 is a score of 1.0); share of distinct captions."""
+        """Bleu_1..4, ROUGE_L and CIDEr as pycocoevalcap gives them, in percent (CIDEr 100 is a score of 1.0); share of distinct captions;
+        where the contrastive objective is kept on, the recalls of the embeddings too.
+        """
         records = list(records)
         scores = caption_scores({r["key"]: r["references"] for r in records}, {r["key"]: r["caption"] for r in records})
         names = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr")
@@ -119,6 +160,7 @@ class CaptioningTask(Task):
             **{name: 100 * getattr(scores, name) for name in names},
             "distinct": 100 * distinct,
             "images": float(len(records)),
+            **(recalls(records).named() if "contrastive" in self.objectives else {}),
         }
 
     def intervals(self, records: Sequence[Record]) -> dict[str, tuple[float, float]]:

@@ -1,6 +1,6 @@
 """Pretraining with any of the family's objectives; evaluated by zero-shot retrieval from embeddings."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -15,19 +15,18 @@ from vlm.errors import ConfigError
 from vlm.metrics.interval import bootstrap
 from vlm.metrics.retrieval import RetrievalScores, retrieval_scores
 from vlm.model.vision_language import VisionLanguageModel
-from vlm.objectives.cached import CachedLoss, Embedded
 from vlm.objectives.captioning import Captioning
 from vlm.objectives.contrastive import Contrastive
 from vlm.objectives.masked_image import MaskedImage
 from vlm.objectives.masked_language import MaskedLanguage
 from vlm.objectives.matching import Matching
-from vlm.objectives.objective import Loss, Objective, Taught
-from vlm.objectives.pairs import largest
+from vlm.objectives.objective import Objective, Taught
 from vlm.objectives.self_critical import SelfCritical
 from vlm.objectives.sigmoid import SigmoidContrastive
 from vlm.objectives.teacher import Teacher
 from vlm.objectives.word_patch import WordPatch
 from vlm.tasks.reranking import join_texts, rerank
+from vlm.tasks.retrieval import embedded, similarities
 from vlm.tasks.task import Record, Task
 
 
@@ -95,27 +94,7 @@ class Pretraining(Task):
         self.reads_texts |= config.masked_image > 0 and config.masked_image_text
         self.teacher = build_teacher(model, config)
         self.exchanges_texts = config.matching > 0 and config.negatives == "joined"
-        self.compares = self.exchanges_texts or config.contrastive > 0
-
-    def forward(self, batch: Batch, cached: Mapping[str, CachedLoss] | None = None) -> dict[str, Loss]:
-        """The losses of one micro-batch."""
-        return super().forward(self._evened(batch), cached)
-
-    def embed(self, batch: Batch) -> Embedded:
-        """The first pass over a micro-batch."""
-        return super().embed(self._evened(batch))
-
-    def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """What each loss will be divided by."""
-        return super().counts(self._evened(batch))
-
-    def _evened(self, batch: Batch) -> Batch:
-        """As many texts on every rank where ranks compare them (images differ in their number of captions), as long where they exchange them."""
-        if self.compares:
-            batch = batch.filled_up(largest(len(batch.texts.ids)))
-        if self.exchanges_texts:
-            batch = batch.lengthened(largest(batch.texts.ids.shape[1]), self.model.config.text.pad_id)
-        return batch
+        self.compares |= self.exchanges_texts
 
     def taught(self, batch: Batch, compares: bool = True, predicts: bool = True) -> Taught | None:
         """What the momentum teacher says."""
@@ -148,17 +127,12 @@ class Pretraining(Task):
         the texts' token ids, each with the number of tokens that are not predicted.
         """
         features, texts = self.encode_image(batch.images), batch.texts
-        image = features.embedding.float().cpu().numpy()
-        embeddings = self.model.encode_text(texts.ids, texts.mask).embedding
-        assert embeddings is not None
-        owner = texts.image.cpu().numpy()
         records: list[Record] = [
-            {"key": key, "image_id": int(batch.image_ids[i]), "image": image[i], "texts": found}
-            for i, (key, found) in enumerate(
-                zip(batch.keys, (embeddings.float().cpu().numpy()[owner == i] for i in range(len(batch))), strict=True)
-            )
+            {"key": key, "image_id": int(batch.image_ids[i]), **found}
+            for i, (key, found) in enumerate(zip(batch.keys, embedded(self.model, features, batch), strict=True))
         ]
         if self.retrieval.rerank:
+            owner = texts.image.cpu().numpy()
             tokens = features.tokens.half().cpu().numpy()
             lengths, prompts, ids = texts.mask.sum(1).tolist(), texts.prompt.tolist(), texts.ids.tolist()
             for i, record in enumerate(records):
@@ -192,10 +166,7 @@ class Pretraining(Task):
         return self._found[1]
 
     def _rank(self, records: Sequence[Record]) -> "Retrieved":
-        images = np.stack([r["image"] for r in records])
-        texts = np.concatenate([r["texts"] for r in records])
-        owner = np.repeat(np.arange(len(records)), [len(r["texts"]) for r in records])
-        similarity = images @ texts.T
+        similarity, owner = similarities(records)
         embeddings = final = retrieval_scores(similarity, np.arange(len(records)), owner)
         if self.retrieval.rerank:
             model, settings = self.model, self.retrieval

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from vlm.data.batch import Batch
-from vlm.model.attention import CrossMemory
+from vlm.model.attention import CrossMemory, CrossMemoryProjection
+from vlm.model.image_encoder import ImageEncoder
 from vlm.model.lengths import by_length
+from vlm.model.text_transformer import TextTransformer
 from vlm.model.vision_language import ImageFeatures, TextFeatures, VisionLanguageModel
 from vlm.objectives.cached import CachedLoss, Embedded, cached_losses
 from vlm.objectives.objective import Features, Loss, Objective, PairObjective, Pass, Taught
-from vlm.objectives.pairs import Pairs, pairs
+from vlm.objectives.pairs import Pairs, largest, pairs
 
 Record = dict[str, Any]
 
@@ -22,7 +24,9 @@ class Task(nn.Module):
 
     Attributes: `model`; `weights`, of each loss in the total; `metric`, the score that selects the best checkpoint (higher is better);
     `learned`, the objectives that have parameters of their own, which the trainer trains beside the model's; `paired`, those of scope pair;
-    `blank_images`, whether images are replaced by grey; `reads_texts`, whether an objective reads the states of the plain texts.
+    `blank_images`, whether images are replaced by grey; `reads_texts`, whether an objective reads the states of the plain texts; `compares`,
+    whether ranks compare their texts with each other's; `exchanges_texts`, whether they send the tokens; `rate_factors`, by parameter a factor of
+    its learning rate, 1 where it is not named.
     """
 
     metric: str
@@ -32,18 +36,31 @@ class Task(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.objectives = dict(objectives)
-        self.weights = dict(weights)
-        self.learned = nn.ModuleDict({name: o for name, o in objectives.items() if isinstance(o, nn.Module)})
-        self.paired = {name: cast(PairObjective, o) for name, o in objectives.items() if o.scope == "pair"}
-        self.blank_images = False
-        self.reads_texts = bool({"contrastive", "matching", "word_patch"} & set(objectives))
+        self.objectives: dict[str, Objective] = {}
+        self.weights: dict[str, float] = {}
+        self.learned = nn.ModuleDict()
+        self.paired: dict[str, PairObjective] = {}
+        self.blank_images = self.reads_texts = self.compares = self.exchanges_texts = False
+        self.rate_factors: dict[str, float] = {}
+        for name, objective in objectives.items():
+            self.learn(name, objective, weights[name])
+
+    def learn(self, name: str, objective: Objective, weight: float) -> None:
+        """Adds an objective, or puts it in the place of the one of that name."""
+        self.objectives[name], self.weights[name] = objective, weight
+        if isinstance(objective, nn.Module):
+            self.learned[name] = objective
+        if objective.scope == "pair":
+            self.paired[name] = cast(PairObjective, objective)
+            self.compares = True
+        self.reads_texts |= name in ("contrastive", "matching", "word_patch")
 
     def forward(self, batch: Batch, cached: Mapping[str, CachedLoss] | None = None) -> dict[str, Loss]:
         """The losses of one micro-batch. Each view is encoded once, each memory projected once, all passes joined.
 
         cached: of the objectives of scope pair, where several micro-batches are compared as one batch; see `compare`.
         """
+        batch = self._evened(batch)
         features = self.features(batch, compares=cached is None)
         losses: dict[str, Loss] = {}
         if cached is not None:
@@ -63,6 +80,7 @@ class Task(nn.Module):
         It draws the random numbers that `forward` draws first. It runs as if a gradient were wanted, though none is taken: otherwise PyTorch chooses
         other kernels (in bf16 on a CPU), and the second pass must repeat its embeddings to the last bit.
         """
+        batch = self._evened(batch)
         return Embedded(self._own_pairs(batch), self.taught(batch, predicts=False))
 
     def _own_pairs(self, batch: Batch) -> Pairs:
@@ -75,7 +93,16 @@ class Task(nn.Module):
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """What each loss will be divided by, before the forward pass."""
+        batch = self._evened(batch)
         return {name: objective.count(batch) for name, objective in self.objectives.items()}
+
+    def _evened(self, batch: Batch) -> Batch:
+        """As many texts on every rank where ranks compare them (images differ in their number of captions), as long where they exchange them."""
+        if self.compares:
+            batch = batch.filled_up(largest(len(batch.texts.ids)))
+        if self.exchanges_texts:
+            batch = batch.lengthened(largest(batch.texts.ids.shape[1]), self.model.config.text.pad_id)
+        return batch
 
     def features(self, batch: Batch, compares: bool = True) -> Features:
         """What the objectives share. compares: whether those of scope pair are among them."""
@@ -141,6 +168,11 @@ class Task(nn.Module):
             for i, part in zip(chosen, states.split([len(p.text_rows) for p in group]), strict=True):
                 outputs[i] = part
         return [o for o in outputs if o is not None]
+
+    def heavy_parts(self) -> list[nn.Module]:
+        """The parts that take the time, a teacher's too, each of which can be compiled: image encoders, stacks of text layers, projections."""
+        kinds = (ImageEncoder, TextTransformer, CrossMemoryProjection)
+        return [module for module in self.modules() if isinstance(module, kinds)]
 
     def prepare(self, epoch_steps: int) -> None:
         """Called once before training, with the number of optimizer steps an epoch."""
