@@ -127,7 +127,9 @@ class Asked:
         with torch.no_grad():
             tokens = torch.cat([self.model.encode_image(part).tokens for part in pixels.split(16)])
             self.memory = self.model.memory(tokens, None, "decoder")
-        ids, mask = pad([predictor._question_ids(question) for question in questions], predictor.tokenizer.pad_id)
+        ids, mask = pad(
+            [predictor._answerer.prompt_ids(question) for question in questions], predictor.tokenizer.pad_id
+        )
         self.ids, self.mask = ids.to(self.model.device), mask.to(self.model.device)
 
     def part(self, rows: slice) -> tuple[Any, Any, Any]:

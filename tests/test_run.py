@@ -1,13 +1,16 @@
 """vlm/run.py: what the checkpoints of a run carry on from the one that it started from."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from vlm.checkpoint import read_answers
 from vlm.cli import main
 from vlm.data.synthetic import write_scenes
+from vlm.model.pretrained import load_metadata, read_weights
 
 TINY = str(Path(__file__).parents[1] / "configs/pretrain/tiny.yaml")
 SMALL = ["--data.batch-size", "4", "--data.workers", "0", "--train.epochs", "0.5", "--data.splits.val"]
@@ -36,3 +39,60 @@ def test_a_stage_without_questions_keeps_the_answer_list(
         assert "zebra" not in answers  # its own questions' answers
     else:
         assert answers == kept
+
+
+def test_a_classifier_is_trained_goes_on_exactly_and_starts_another(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_scenes(tmp_path / "scenes", 16, 4)
+    start = checkpoint("captioning")
+    folders = ["--data.splits.train", str(tmp_path / "scenes/train"), "--data.splits.val", str(tmp_path / "scenes/val")]
+    given = ["--init-from", str(start), *folders, *SMALL[:4], "--train.epochs", "1", "--train.averaging", "0.9"]
+    classify = str(Path(TINY).parents[1] / "finetune/vqa/tiny_classify.yaml")
+    run = ["train", classify, *given, "--train.save-every", "2", "--train.keep", "9"]
+    assert main([*run, "--out", str(tmp_path / "run")]) == 0
+    saved = load_metadata(tmp_path / "run/best")
+    answers = read_answers(tmp_path / "run/best")
+    assert "classifier" in saved["model"]["heads"]
+    assert saved["model"]["answers"] == len(answers) > 5
+    weights = read_weights(tmp_path / "run/latest")
+    assert len(weights["answer_head.output.weight"]) == len(answers)
+    # From the state of step 2 on, the same weights come out.
+    shutil.copytree(tmp_path / "run/step-00000002", tmp_path / "again/latest")
+    assert main([*run, "--out", str(tmp_path / "again"), "--resume", "auto"]) == 0
+    again = read_weights(tmp_path / "again/latest")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    # Another stage starts from it with other answers, and a captioner without its classifier.
+    more = [*given, "--init-from", str(tmp_path / "run/best"), "--vqa.min-answer-count", "3", *SMALL[4:]]
+    assert main(["train", classify, *more, "--out", str(tmp_path / "more")]) == 0
+    fewer = read_answers(tmp_path / "more/latest")
+    assert 0 < len(fewer) < len(answers)
+    assert load_metadata(tmp_path / "more/latest")["model"]["answers"] == len(fewer)
+    captions = str(Path(TINY).parents[1] / "finetune/captioning/tiny.yaml")
+    onto = ["--init-from", str(tmp_path / "run/best"), *folders, *SMALL[:6], "--out", str(tmp_path / "captions")]
+    assert main(["train", captions, *onto]) == 0
+    after = load_metadata(tmp_path / "captions/latest")["model"]
+    assert "classifier" not in after["heads"]
+    assert after["answers"] == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--vqa.min-answer-count", "9999"], "lower vqa.min_answer_count"),
+        (["--vqa.set-weights", "visual_genom", "0.5"], "are of scenes; name one of these"),
+        (["--vqa.set-weights", "scenes", "0"], "vqa.set_weights.scenes=0.0; expected a number above 0"),
+    ],
+)
+def test_unusable_settings_of_questions_are_refused(
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    more: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_scenes(tmp_path / "scenes", 8, 4)
+    given = ["--init-from", str(checkpoint()), "--data.splits.train", str(tmp_path / "scenes/train"), *SMALL]
+    classify = str(Path(TINY).parents[1] / "finetune/vqa/tiny_classify.yaml")
+    assert main(["train", classify, *given, "--out", str(tmp_path / "run"), *more]) == 2
+    assert message in capsys.readouterr().err

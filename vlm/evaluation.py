@@ -11,7 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from vlm.build import Parts, build_task, check_held_out, evaluation_loader, load_sets
@@ -19,15 +18,16 @@ from vlm.checkpoint import read_answers, read_trained_on
 from vlm.config import Config
 from vlm.data.index import ShardSet
 from vlm.data.loader import Loader
-from vlm.data.scan import scan
 from vlm.data.text import Tokenizer
-from vlm.errors import UserError
+from vlm.evaluation_vqa import AnswersEvaluation, counting_baselines
 from vlm.hub import local_folder
 from vlm.memory import keep_freed_memory
 from vlm.model.pretrained import load_pretrained
+from vlm.quantize import quantize
 from vlm.tasks.task import Record, Task
 from vlm.train import distributed
 from vlm.train.distributed import Ranks
+from vlm.train.precision import autocast
 from vlm.train.report import number, replace_text, say
 
 PACKAGES = ("torch", "torchvision", "timm", "tokenizers", "webdataset", "pillow")
@@ -56,7 +56,8 @@ def evaluate_loader(
                 break
             records += task.predict(batch.to(ranks.device))
             bar.update()
-    records = ranks.gather(records)
+    # By key, whoever predicted them: scores, and intervals that are drawn, do not depend on the number of ranks.
+    records = sorted(ranks.gather(records), key=lambda record: str(record["key"]))
     scores = task.evaluate(records)
     left_out: Counter[str] = Counter()
     for part in ranks.gather([dict(loader.bad)]):
@@ -69,83 +70,69 @@ def evaluate_loader(
     return scores, records
 
 
-def evaluate(config: Config, checkpoint: Path, split: str, out: Path) -> dict[str, Any]:
-    """Scores of a checkpoint on a split; writes predictions.json in the official form and results.json into `out`.
+def evaluate(
+    config: Config,
+    checkpoint: Path,
+    split: str,
+    out: Path,
+    quantized: str | None = None,
+    calibrate: bool = False,
+) -> dict[str, Any]:
+    """Scores of a checkpoint on a split; writes predictions.json in the official form and results.json into `out`, of answers answers.html too.
+
+    quantized: "int8", with such weights (see `vlm.quantize`). calibrate: the temperature of the answers' confidence is fitted on this split and
+    stored in the checkpoint.
 
     Raises:
-        UserError: the split is empty or was trained on, a file is missing.
+        UserError: the split is empty or was trained on, a file is missing, the answers cannot be calibrated.
     """
     folders = getattr(config.data.splits, split)
     held_out = load_sets(folders, f"data.splits.{split}", config.data.cache)
     ranks = start()
     try:
-        checkpoint = local_folder(checkpoint)
+        given, checkpoint = checkpoint, local_folder(checkpoint)
         model, _ = load_pretrained(checkpoint)
         parts = Parts(dataclasses.replace(config, model=model.config), Tokenizer.load(checkpoint), model)
         trained_on = read_trained_on(checkpoint)
         for shards in held_out if split != "train" else ():
             check_held_out(trained_on, shards, config.data.allow_overlap)
         task = build_task(parts.config, parts, read_answers(checkpoint)).to(ranks.device).eval()
+        if quantized is not None:
+            quantize(task.model, quantized)
+        answers = AnswersEvaluation(task, checkpoint, given, split, calibrate)
         scores: dict[str, Any] = {}
         intervals: dict[str, dict[str, tuple[float, float]]] = {}
-        predictions: list[Record] = []
+        found: dict[str, list[Record]] = {}
         for name, shards in named(held_out).items():
             loader = evaluation_loader(config, parts, shards, ranks)
-            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-                scores[name], records = evaluate_loader(task, loader, ranks, f"{split} of {name}")
+            with autocast(config.train.precision, ranks.device):
+                scores[name], found[name] = evaluate_loader(task, loader, ranks, f"{split} of {name}")
             if config.task == "vqa":
-                scores[name] |= _counting_baselines(config, records, name)
-            predictions += task.official(records)
-            intervals[name] = task.intervals(records)
+                scores[name] |= counting_baselines(config, found[name], name)
+            intervals[name] = task.intervals(found[name])
             told = (f"{key} {number(low)} to {number(high)}" for key, (low, high) in intervals[name].items())
             if intervals[name] and ranks.main:
                 say(f"95 % intervals, {name}: " + ", ".join(told))
+        report = answers.finish(found, scores, ranks.main)
         if ranks.main:
+            predictions = [prediction for records in found.values() for prediction in task.official(records)]
+            predictions += answers.unanswered(named(held_out), found, scores)
+            results = {
+                "split": split,
+                "checkpoint": str(checkpoint),
+                "quantized": quantized,
+                "scores": scores,
+                "intervals": intervals,
+                **report,
+                **provenance(config),
+            }
             write_json(out / "predictions.json", predictions)
-            write_json(
-                out / "results.json",
-                {
-                    "split": split,
-                    "checkpoint": str(checkpoint),
-                    "scores": scores,
-                    "intervals": intervals,
-                    **provenance(config),
-                },
-            )
+            write_json(out / "results.json", results)
+            answers.write_page(out, named(held_out), found, results)
             say(f"wrote {out / 'predictions.json'} ({len(predictions)} predictions) and {out / 'results.json'}")
         return scores
     finally:
         distributed.stop()
-
-
-def _counting_baselines(config: Config, records: Sequence[Record], name: str) -> dict[str, float]:
-    """What counting training answers alone would score: the commonest one, and the commonest for a question's first words."""
-    from vlm.metrics.baselines import fit_question_type_baseline
-    from vlm.metrics.vqa import accuracy
-
-    try:
-        sets = load_sets(config.data.splits.train, "data.splits.train", config.data.cache)
-    except UserError as error:  # a model may be scored where its training data are not
-        say(f"no baselines by counting training answers: {error}")
-        return {}
-    records = [r for r in records if r["references"]]
-    trained = [q for record in scan(sets) for q in record.questions if q.get("answers")]
-    if not records or not trained:
-        return {}
-    by_type = fit_question_type_baseline([q["question"] for q in trained], [q["answers"] for q in trained])
-    guesses = {
-        "baseline/commonest_answer": lambda _: by_type.overall,
-        "baseline/by_first_words": by_type.answer,
-    }
-    found = {
-        key: 100 * sum(accuracy(guess(r["question"]), r["references"]) for r in records) / len(records)
-        for key, guess in guesses.items()
-    }
-    say(
-        f"without any model, {name}: "
-        + ", ".join(f"{key.removeprefix('baseline/')} {number(value)}" for key, value in found.items())
-    )
-    return found
 
 
 def provenance(config: Config) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def read_questions(path: Path) -> dict[int, tuple[dict[str, Any], ...]]:
     try:
         return {
             int(entry["id"]): tuple(
-                question(int(qa["qa_id"]), qa["question"].strip(), [qa["answer"].strip().removesuffix(".")])
+                question(int(qa["qa_id"]), qa["question"].strip(), [qa["answer"].strip().removesuffix(".").lower()])
                 for qa in entry["qas"]
             )
             for entry in read_json(path, QUESTIONS)

@@ -57,7 +57,7 @@ def test_questions_join_the_phrases_of_their_image(recipe, source, tmp_path, rea
     records = read_shards(tmp_path / "o/train") | read_shards(tmp_path / "o/val")
     assert [q["question"] for q in records["12"]["questions"]] == ["Where is 0?", "Where is 1?"]
     assert records["12"]["questions"][1]["question_id"] == 901
-    assert records["12"]["questions"][1]["answers"] == ["On shelf 1"]
+    assert records["12"]["questions"][1]["answers"] == ["on shelf 1"]
     assert not records["3"].get("questions")
     assert records["3"]["captions"] == ["a thing 3", "red car"]
 

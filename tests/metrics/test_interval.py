@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vlm.metrics.interval import bootstrap
+from vlm.metrics.interval import bootstrap, bootstrap_parts
 
 
 def test_it_holds_the_mean_about_as_often_as_it_says() -> None:
@@ -30,6 +30,18 @@ def test_values_of_one_group_are_drawn_together() -> None:
     assert together == pytest.approx(alone)
     low, high = bootstrap(np.repeat(values, 10).tolist())
     assert high - low < 0.5 * (alone[1] - alone[0])
+
+
+def test_parts_are_drawn_from_the_same_resamples() -> None:
+    """One part is as `bootstrap`; a part in every image is as if it were alone; of rare parts the resamples without them are left out."""
+    generator = np.random.default_rng(4)
+    values, images = generator.normal(0, 1, 90).tolist(), np.repeat(np.arange(30), 3).tolist()
+    assert bootstrap_parts(values, ["all"] * 90, images)["all"] == bootstrap(values, images)
+    found = bootstrap_parts(values, ["a", "b", "b"] * 29 + ["a", "a", "rare"], images)
+    assert list(found) == ["a", "b", "rare"]
+    alone = bootstrap([*values[0:87:3], *values[87:89]], [*range(29), 29, 29])
+    assert found["a"] == pytest.approx(alone)
+    assert found["rare"] == pytest.approx((values[-1], values[-1]))
 
 
 def test_without_values() -> None:

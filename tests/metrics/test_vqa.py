@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm.errors import UserError
-from vlm.metrics.vqa import accuracy, normalize_answer, vqa_scores
+from vlm.metrics.vqa import accuracy, agreement, normalize_answer, vqa_scores
 
 PIECES = "a the two none dont 1,000 U.S.A. , . ; / - ' ? : 3.5 10:30 yes no t-shirt"
 ANSWER = st.one_of(
@@ -78,10 +78,22 @@ def test_unanimous_answers_are_compared_as_they_are():
     assert accuracy("t shirt", ["t-shirt"] * 10) == 0
 
 
-def test_one_annotator_means_exact_match_after_normalization():
-    assert accuracy("The Cat.", ["cat"]) == 1
-    assert accuracy("dog", ["cat"]) == 0
-    assert accuracy("two", ["2"]) == 1
+@pytest.mark.parametrize("quirks", [True, False])
+@pytest.mark.parametrize("said", ["cat", " cat", "The Cat.", "dog", "two"])
+def test_a_single_answer_is_one_that_all_gave(said, quirks):
+    """GQA's own accuracy; files for `vlm score vqa` have ten copies of it."""
+    for answer in ("cat", "2", "The cat"):
+        assert accuracy(said, [answer], quirks) == accuracy(said, [answer] * 10, quirks)
+    assert accuracy(said, ["cat"]) == (said.strip() == "cat")
+    assert accuracy("The Cat.", ["cat"], quirks=False) == accuracy("two", ["2"], quirks=False) == 1
+
+
+@pytest.mark.parametrize("annotators", range(1, 12))
+def test_agreement_is_leaving_each_annotator_out(annotators):
+    for matches in range(annotators + 1):
+        answers = ["red"] * matches + [f"other{n}" for n in range(annotators - matches)]
+        assert agreement(matches, annotators) == pytest.approx(accuracy("red", answers), abs=1e-12)
+    assert agreement(annotators, annotators) == 1
 
 
 def test_few_annotators_can_be_matched_fully():

@@ -1,5 +1,6 @@
 """Re-ranking equals looking at each candidate pair alone, whatever is scored together."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -60,6 +61,35 @@ def test_it_equals_every_candidate_alone(tiny_model: MakeModel, by: By, k: int, 
         np.testing.assert_allclose(
             rerank(model, images, texts, similarity, k, by, pairs, chunk), found, rtol=0, atol=1e-9
         )
+
+
+@pytest.mark.parametrize("settings", [{}, LATE], ids=["full", "late"])
+def test_each_image_and_each_text_is_read_once(
+    tiny_model: MakeModel, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory for both directions together; what a text's pairs have in common apart from the pairs."""
+    model, projected, embedded = tiny_model(**settings), [], []
+    memory, encode_text = model.memory, model.encode_text
+    monkeypatch.setattr(model, "memory", lambda tokens, *rest: projected.append(len(tokens)) or memory(tokens, *rest))
+    monkeypatch.setattr(model, "encode_text", lambda ids, mask: embedded.append(len(ids)) or encode_text(ids, mask))
+    images = model.encode_image(torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)).tokens
+    similarity = np.random.default_rng(0).normal(size=(5, 9))
+    rerank(model, images, join_texts(TEXTS, 0, model.device), similarity, 4, "matching", 3, 2)
+    assert projected == [2, 2, 1]
+    assert sum(embedded) == (len(TEXTS) if settings else 0)
+
+
+@pytest.mark.parametrize("settings", [{}, LATE], ids=["full", "late"])
+def test_half_precision_moves_scores_little(tiny_model: MakeModel, settings: dict[str, Any]) -> None:
+    """Tokens, and in late fusion the texts' states, are kept in it."""
+    exact = tiny_model(**settings)
+    single = copy.deepcopy(exact).float()
+    images = exact.encode_image(torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)).tokens
+    texts, similarity = join_texts(TEXTS, 0, exact.device), np.zeros((5, 9))
+    wanted = rerank(exact, images, texts, similarity, 9, "matching")
+    found = rerank(single, images.half(), texts, similarity, 9, "matching")
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=0.05)
+    assert np.ptp(wanted) > 1
 
 
 def test_join_texts_pads() -> None:

@@ -14,9 +14,11 @@ from vlm.data.batch import Batch
 from vlm.data.samples import QuestionEncoder
 from vlm.data.shards import ShardWriter, load_index
 from vlm.errors import ConfigError
-from vlm.metrics.vqa import vqa_scores
+from vlm.metrics.vqa import normalize_answer, vqa_scores
+from vlm.model.ranking import score_answers
 from vlm.model.vision_language import VisionLanguageModel
 from vlm.tasks.vqa import EncoderDecoderVqa, PromptedVqa, Vqa, answer_list, answer_tree, build_vqa
+from vlm.tasks.vqa_task import by_type
 
 FORMS = ("prompted", "encoder_decoder")
 QUESTION_DECODER: dict[str, Any] = {"decoder": "separate", "decoder_layers": 2, "decoder_reads": "question"}
@@ -45,7 +47,7 @@ def build(scenes: Any, form: str, make: Callable[..., Any], inference: str = "ra
     if isinstance(model, ModelConfig):
         torch.manual_seed(0)
         model = VisionLanguageModel(model)
-    return build_vqa(model, scenes.tokenizer, config, answers(scenes) if inference == "rank" else [])
+    return build_vqa(model, scenes.tokenizer, config, [] if inference == "generate" else answers(scenes))
 
 
 @pytest.mark.parametrize(("form", "inference"), [("prompted", "rank"), ("encoder_decoder", "generate")])
@@ -195,7 +197,15 @@ def test_evaluation_equals_the_official_scores(scenes: Any, tiny_model: Callable
         ("2", ["two"] * 9 + ["2"], "number"),
     ]
     records = [
-        {"question_id": i, "answer": answer, "references": references, "answer_type": kind}
+        {
+            "question_id": i,
+            "question": "Is it?" if i % 2 else "what color is it",
+            "key": i // 2,
+            "answer": answer,
+            "probability": 0.25,
+            "references": references,
+            "answer_type": kind,
+        }
         for i, (answer, references, kind) in enumerate(given)
     ]
     expected = vqa_scores(
@@ -213,8 +223,20 @@ def test_evaluation_equals_the_official_scores(scenes: Any, tiny_model: Callable
         expected.perAnswerType
     )
     assert scores["questions"] == 6
-    low, high = task.intervals([{**record, "key": record["question_id"] // 2} for record in records])["accuracy"]
+    assert scores["mean_confidence"] == pytest.approx(25)
+    assert scores["ece"] == pytest.approx(abs(scores["accuracy"] - 25))
+    assert "ece_uncalibrated" not in scores
+    intervals = task.intervals(records)
+    assert set(intervals) == {"accuracy", *(f"accuracy/{name}" for name in expected.perAnswerType)}
+    low, high = intervals["accuracy"]
     assert low < scores["accuracy"] < high
+    kinds = by_type(records, "question_type")
+    assert {kind: found["questions"] for kind, found in kinds.items()} == {"is it": 3, "what color": 3}
+    assert sum(found["accuracy"] for found in kinds.values()) / 2 == pytest.approx(expected.overall)
+    assert by_type([{**record, "question_type": "mine"} for record in records], "question_type").keys() == {"mine"}
+    task.temperature = 0.5
+    assert task.evaluate(records)["mean_confidence"] == pytest.approx(100 * 0.25**2)
+    assert task.evaluate(records)["ece_uncalibrated"] == scores["ece"]
     # A test split has no answers: nothing is scored, and nothing stops.
     assert task.evaluate([{**record, "references": []} for record in records]) == {"questions": 0}
     assert task.intervals([{**record, "references": []} for record in records]) == {}
@@ -229,6 +251,40 @@ def test_the_answer_list_counts_questions(scenes: Any, tmp_path: Path) -> None:
     assert answer_list(sets) == ["blue", "red", "green"]  # two questions each, then by the alphabet
     assert answer_list(sets, 2) == ["blue", "red"]
     assert answer_list(sets, 3) == []
+
+
+def test_the_answer_list_is_normalised_and_says_what_people_write(scenes: Any, tmp_path: Path) -> None:
+    """Answers that the official evaluator takes for one are one, written as most write it; METER counts each question's commonest only."""
+    given = [
+        ["two", "two", "2", "T-shirt"],
+        ["Two.", "the t shirt", "t-shirt", "a"],
+        ["#1", "2", "2"],
+        ["red"],
+        ["red"],
+    ]
+    with ShardWriter(tmp_path / "a", "a") as writer:
+        for number, answers_given in enumerate(given):
+            asked = [{"question_id": number, "question": "what?", "answers": answers_given}]
+            writer.write(f"k{number}", scenes.records[0].image, extension="png", questions=asked)
+    sets = [load_index(tmp_path / "a")]
+    assert answer_list(sets) == ["2", "red", "t-shirt", "#1"]  # 3 times "2" and 3 times "two": the alphabet's first
+    assert answer_list(sets, commonest=True) == ["2", "red", "t-shirt"]
+    assert answer_list(sets, 2, commonest=True) == ["2", "red"]
+    names = [normalize_answer(answer) for answer in answer_list(sets)]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_scoring_the_whole_list_gives_the_same_answer_and_its_share(
+    scenes: Any, tiny_model: Callable[..., VisionLanguageModel], form: str
+) -> None:
+    best, whole = build(scenes, form, tiny_model), build(scenes, form, tiny_model, "rank_all")
+    batch = scenes.batch(encoder(scenes, form, False))
+    scores = score_answers(whole.model, *whole.prompt(batch), whole.tree)
+    for one, other, row in zip(best.predict(batch), whole.predict(batch), scores, strict=True):
+        assert one["answer"] == other["answer"] == whole.answers[int(row.argmax())]
+        assert other["probability"] == pytest.approx(float(row.softmax(0).max()), rel=1e-6)
+        assert one["probability"] < other["probability"] <= 1
 
 
 def test_answers_of_equal_tokens_are_one(scenes: Any) -> None:

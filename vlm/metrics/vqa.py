@@ -93,20 +93,27 @@ def accuracy(prediction: str, answers: Sequence[str], quirks: bool = True) -> fl
 
     With four annotators or more it is the official number: the mean, over the annotators, of min(1, matches among the
     others / 3); of ten, 1, 2, 3, 4 matches give 0.3, 0.6, 0.9, 1. Both sides are normalised unless all annotators
-    answered the same. The official evaluator knows ten annotators only. With one (DAQUAR, easy-VQA), the accuracy is
-    1 where the normalised answers are equal, else 0; with two or three, all of the others count as agreement. Without
-    quirks both sides are always normalised, and as `normalize_answer` says.
+    answered the same. The official evaluator knows ten annotators only. A single answer (GQA, DAQUAR, easy-VQA) is one
+    that all gave: it is compared as it is, which is GQA's own accuracy and what ten copies of it give; with two or three,
+    all of the others count as agreement. Without quirks both sides are always normalised, and as `normalize_answer` says.
     """
     if not answers:
         raise ValueError("answers is empty, expected the answer of at least one annotator.")
     prediction, answers = _trim(prediction), [_trim(answer) for answer in answers]
-    if len(answers) == 1:
-        return float(normalize_answer(prediction, quirks) == normalize_answer(answers[0], quirks))
     if len(set(answers)) > 1 or not quirks:
         prediction = normalize_answer(prediction, quirks)
         answers = [normalize_answer(answer, quirks) for answer in answers]
-    agreeing, matches = min(_AGREEING, len(answers) - 1), answers.count(prediction)
-    return sum(min(1.0, (matches - (answer == prediction)) / agreeing) for answer in answers) / len(answers)
+    return agreement(answers.count(prediction), len(answers))
+
+
+def agreement(matches: int, annotators: int) -> float:
+    """The accuracy of an answer that `matches` of the annotators gave: of ten 0, 0.3, 0.6, 0.9, then 1. The mean, over the annotators, of
+    min(1, matches among the others / 3)."""
+    if annotators == 1:
+        return float(matches)
+    needed = min(_AGREEING, annotators - 1)
+    given, others = min(1.0, max(0, matches - 1) / needed), min(1.0, matches / needed)
+    return (matches * given + (annotators - matches) * others) / annotators
 
 
 @dataclass(frozen=True, kw_only=True)

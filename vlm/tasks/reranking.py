@@ -4,7 +4,7 @@ Letters: N images, P tokens of an image, M texts, L tokens of a text, R pairs.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -14,29 +14,32 @@ from torch import Tensor
 
 from vlm.errors import ConfigError
 from vlm.model.attention import CrossMemory
-from vlm.model.vision_language import VisionLanguageModel
+from vlm.model.vision_language import TextFeatures, VisionLanguageModel
 from vlm.objectives.captioning import predicted
 from vlm.objectives.objective import exact
 
 By = Literal["matching", "captioning"]
 LogRatios = Callable[[VisionLanguageModel, "Texts", CrossMemory], Tensor]
+_TEXTS_AT_ONCE = 256
 
 _BELOW = 1e6  # further apart than any two scores: what was not looked at again keeps its order behind what was
 
 
 @dataclass(frozen=True)
 class Texts:
-    """ids, mask: (M, L). prompt: (M,), leading tokens that are not predicted."""
+    """ids, mask: (M, L). prompt: (M,), leading tokens that are not predicted. states: (M, L, D), where fusion goes on from the text encoder's."""
 
     ids: Tensor
     mask: Tensor
     prompt: Tensor
+    states: Tensor | None = None
 
     def select(self, rows: Tensor) -> "Texts":
         """Those of `rows` (R,), as long as the longest of them."""
         mask = self.mask[rows]
         length = int(mask.sum(1).max())
-        return Texts(self.ids[rows][:, :length], mask[:, :length], self.prompt[rows])
+        states = None if self.states is None else self.states[rows, :length]
+        return Texts(self.ids[rows, :length], mask[:, :length], self.prompt[rows], states)
 
 
 @torch.no_grad()
@@ -48,7 +51,7 @@ def rerank(
     k: int,
     by: By,
     pairs_at_once: int = 256,
-    images_at_once: int = 64,
+    images_at_once: int = 16,
 ) -> NDArray:
     """Scores (N, M), fp64: for the k texts nearest to each image and the k images nearest to each text what the embeddings say, similarity over
     temperature, plus what cross-attention says; all other pairs come after them, in their order.
@@ -57,8 +60,8 @@ def rerank(
     matching head's log odds, which were learned against negatives drawn by the first summand, hence correct it. by captioning: the text's log
     likelihood given the image, minus that given the text's candidate images on average, which takes the text's own commonness out.
 
-    images: (N, P, D_image) tokens, on any device; a chunk of them at a time is projected and all its pairs scored before it is dropped.
-    similarity: (N, M).
+    images: (N, P, D_image) tokens, on any device, best in half precision; each is projected once for both directions, and all its pairs are scored
+    before its chunk is dropped. The pairs of an image share its memory without copies of it. similarity: (N, M).
 
     Raises:
         ConfigError: k is below 1. CheckpointError: the model has no head for it.
@@ -69,21 +72,34 @@ def rerank(
     candidates = _candidates(similarity, k)
     ratios = np.full(scores.shape, np.nan)
     score, stack = _SCORES[by]
+    lengths = texts.mask.sum(1).cpu().numpy()
+    if by == "matching" and model.config.fusion == "late":
+        texts = replace(texts, states=_text_states(model, texts))
     for first in range(0, len(images), images_at_once):
-        chunk = slice(first, first + images_at_once)
-        tokens = images[chunk].to(model.device, model.temperature.dtype)
+        tokens = images[first : first + images_at_once].to(model.device, model.temperature.dtype)
         memory = model.memory(tokens, None, stack)
-        rows, columns = np.nonzero(candidates[chunk])
-        order = np.argsort(
-            texts.mask.sum(1).cpu().numpy()[columns], kind="stable"
-        )  # texts of one length together: little padding
-        for part in np.split(order, range(pairs_at_once, len(order), pairs_at_once)):
-            image, text = (torch.from_numpy(index[part]).to(model.device) for index in (rows, columns))
-            found = score(model, texts.select(text), memory.select(image))
-            ratios[chunk][rows[part], columns[part]] = found.double().cpu().numpy()
+        for row in range(len(tokens)):
+            alone = memory.select(torch.tensor([row], device=model.device))
+            near = np.nonzero(candidates[first + row])[0]
+            near = near[np.argsort(lengths[near], kind="stable")]  # texts of one length together: little padding
+            for part in np.split(near, range(pairs_at_once, len(near), pairs_at_once)):
+                found = score(model, texts.select(torch.from_numpy(part).to(model.device)), alone)
+                ratios[first + row, part] = found.double().cpu().numpy()
     if by == "captioning":
         ratios -= _mean_likelihood(ratios)
     return np.where(candidates, scores + ratios, scores - _BELOW)
+
+
+def _text_states(model: VisionLanguageModel, texts: Texts) -> Tensor:
+    """(M, L, D) of the text encoder, which each text's pairs have in common; in half precision as the images' tokens, unless the model is fp64."""
+    kept = torch.float64 if model.temperature.dtype == torch.float64 else torch.float16
+    result = torch.empty(*texts.ids.shape, model.config.text.dim, dtype=kept, device=model.device)
+    for first in range(0, len(result), _TEXTS_AT_ONCE):
+        part = slice(first, first + _TEXTS_AT_ONCE)
+        states = model.encode_text(texts.ids[part], texts.mask[part]).states
+        assert states is not None
+        result[part] = states.to(kept)
+    return result
 
 
 def _candidates(similarity: NDArray, k: int) -> NDArray:
@@ -103,7 +119,8 @@ def _mean_likelihood(log_likelihood: NDArray) -> NDArray:
 
 
 def _matching_odds(model: VisionLanguageModel, texts: Texts, memory: CrossMemory) -> Tensor:
-    logits = model.matching_logits(model.fuse(model.text_view(texts.ids, texts.mask), memory)).double()
+    states = None if texts.states is None else texts.states.to(model.temperature.dtype)
+    logits = model.matching_logits(model.fuse(TextFeatures(texts.ids, texts.mask, states), memory)).double()
     return logits[:, 1] - logits[:, 0]
 
 

@@ -1,4 +1,4 @@
-"""Visual question answering in two forms.
+"""Visual question answering by a decoder, in two forms, and which form a run takes (classification: `vqa_classify`).
 
 encoder_decoder (ALBEF, BLIP): the question is fused with the image, the decoder attends to the question's states. prompted: the decoder reads the
 image and the question is its prompt, so that one model makes captions and answers. Answers count by the share of annotators who gave them.
@@ -6,7 +6,7 @@ image and the question is its prompt, so that one model makes captions and answe
 Letters: B images, T questions, A answers, L tokens, D width.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -19,51 +19,79 @@ from vlm.data.index import ShardSet
 from vlm.data.scan import scan
 from vlm.data.text import Tokenizer, clean_answer, tidy
 from vlm.errors import ConfigError
-from vlm.metrics.interval import bootstrap
-from vlm.metrics.vqa import accuracy
+from vlm.metrics.vqa import normalize_answer
 from vlm.model.attention import CrossMemory
 from vlm.model.beam_search import beam_search
 from vlm.model.generation import Rules
-from vlm.model.ranking import AnswerTree, rank_answers
+from vlm.model.ranking import AnswerTree, rank_answers, share
 from vlm.model.vision_language import VisionLanguageModel
 from vlm.objectives.cached import CachedLoss
 from vlm.objectives.captioning import Captioning, sequence_loss
 from vlm.objectives.objective import Loss
-from vlm.tasks.task import Record, Task
+from vlm.tasks.task import Record
+from vlm.tasks.vqa_classify import ClassifyVqa
+from vlm.tasks.vqa_task import VqaTask
 
 
-def answer_list(sets: Iterable[ShardSet], minimum: int = 1) -> list[str]:
-    """The cleaned answers of the training questions, each counted once a question, the commonest first."""
+def answer_list(sets: Iterable[ShardSet], minimum: int = 1, commonest: bool = False) -> list[str]:
+    """The answers of the training questions that are different after the official normalisation, those of most questions first.
+
+    Each stands as it is written most often: the official evaluator compares answers as they are where all annotators agree, and "two" is what the
+    decoder learned if people write so. Each counts once a question; commonest: for its questions' commonest answer alone, as METER counts.
+    """
     counts: Counter[str] = Counter()
+    written: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    forms: dict[str, tuple[str, str]] = {}
     for record in scan(sets):
         for question in record.questions:
-            given = Counter(cleaned for answer in question.get("answers") or () if (cleaned := clean_answer(answer)))
-            counts.update(given.keys())
-    return [
-        answer for answer, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])) if count >= minimum
-    ]
+            given: Counter[str] = Counter()
+            for answer in question.get("answers") or ():
+                if answer not in forms:
+                    forms[answer] = _forms(answer)
+                name, form = forms[answer]
+                if name:
+                    given[name] += 1
+                    written[name][form] += 1
+            counts.update([min(given, key=lambda name: (-given[name], name))] if commonest and given else given.keys())
+    names = [name for name, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])) if count >= minimum]
+    return [min(written[name], key=lambda form: (-written[name][form], form)) for name in names]
 
 
-def build_vqa(model: VisionLanguageModel, tokenizer: Tokenizer, config: Config, answers: Sequence[str]) -> "Vqa":
+def _forms(answer: str) -> tuple[str, str]:
+    """The answer normalised, and how a model says it: cleaned, but where cleaning makes another answer of it ("#1")."""
+    name, cleaned = normalize_answer(answer), clean_answer(answer)
+    return name, cleaned if normalize_answer(cleaned) == name else name
+
+
+def build_vqa(model: VisionLanguageModel, tokenizer: Tokenizer, config: Config, answers: Sequence[str]) -> VqaTask:
     """The task in the form that `config.vqa` names.
 
     Raises:
-        ConfigError: the form needs another decoder, or the answer list is empty.
+        ConfigError: the form needs another decoder, or the answer list is empty. CheckpointError: the classifier is of another answer list.
     """
     form, settings = config.vqa.form, config.model
+    if form == "classify":
+        return ClassifyVqa(model, answers)
     if form == "encoder_decoder" and (settings.decoder != "separate" or settings.decoder_reads != "question"):
         raise ConfigError("vqa.form=encoder_decoder needs model.decoder=separate and model.decoder_reads=question.")
     if form == "prompted" and settings.decoder == "separate" and settings.decoder_reads == "question":
         raise ConfigError(
             "vqa.form=prompted needs a decoder that reads the image; set model.decoder=separate and model.decoder_reads=image."
         )
-    if config.vqa.inference == "rank" and not answers:
+    inference = config.vqa.inference
+    if inference != "generate" and not answers:
         raise ConfigError(
-            "vqa.inference=rank needs an answer list, and the training questions gave none; lower vqa.min_answer_count."
+            f"vqa.inference={inference} needs an answer list, and the training questions gave none; lower vqa.min_answer_count."
         )
     kind = EncoderDecoderVqa if form == "encoder_decoder" else PromptedVqa
     return kind(
-        model, tokenizer, config.objectives.label_smoothing, config.generation, answers, config.data.max_answer_tokens
+        model,
+        tokenizer,
+        config.objectives.label_smoothing,
+        config.generation,
+        [] if inference == "generate" else answers,
+        config.data.max_answer_tokens,
+        whole_list=inference == "rank_all",
     )
 
 
@@ -77,10 +105,8 @@ def answer_tree(tokenizer: Tokenizer, answers: Sequence[str], max_tokens: int) -
     return AnswerTree(list(kept), tokenizer.sep_id), list(kept.values())
 
 
-class Vqa(Task):
+class Vqa(VqaTask):
     """What both forms share: exact ranking over an answer list or open generation, and the official accuracy."""
-
-    metric = "accuracy"
 
     def __init__(
         self,
@@ -90,10 +116,11 @@ class Vqa(Task):
         generation: GenerationConfig,
         answers: Sequence[str],
         max_answer_tokens: int,
+        whole_list: bool = False,
     ) -> None:
         super().__init__(model, {"captioning": Captioning(label_smoothing, per="texts")}, {"captioning": 1.0})
         self.tokenizer, self.generation, self.label_smoothing = tokenizer, generation, label_smoothing
-        self.max_answer_tokens = max_answer_tokens
+        self.max_answer_tokens, self.whole_list = max_answer_tokens, whole_list
         self.tree: AnswerTree | None = None
         self.answers: list[str] = []
         if answers:
@@ -114,41 +141,9 @@ class Vqa(Task):
             self.answers,
             self.generation,
             self.max_answer_tokens,
+            self.whole_list,
         )
-        images = batch.texts.image.tolist()
-        return [
-            {
-                **source,
-                "key": batch.keys[image],
-                "answer": answer,
-                "confidence": confidence,
-                "references": source.get("answers", []),
-            }
-            for source, image, (answer, confidence) in zip(batch.sources, images, answers, strict=True)
-        ]
-
-    def evaluate(self, records: Iterable[Record]) -> dict[str, float]:
-        """Official accuracy in percent, over all questions that have annotators' answers and by answer type."""
-        scored: dict[str, list[float]] = {}
-        for record in records:
-            if not record["references"]:  # a test split, whose answers only its server has
-                continue
-            value = 100 * accuracy(record["answer"], record["references"])
-            scored.setdefault("accuracy", []).append(value)
-            if record.get("answer_type"):
-                scored.setdefault(f"accuracy/{record['answer_type']}", []).append(value)
-        scores = {name: sum(values) / len(values) for name, values in scored.items()}
-        return {**scores, "questions": float(len(scored.get("accuracy", ())))}
-
-    def intervals(self, records: Sequence[Record]) -> dict[str, tuple[float, float]]:
-        """The accuracy's; an image is drawn with all its questions."""
-        scored = [r for r in records if r["references"]]
-        values = [100 * accuracy(r["answer"], r["references"]) for r in scored]
-        return {"accuracy": bootstrap(values, [r["key"] for r in scored])} if scored else {}
-
-    def official(self, records: Iterable[Record]) -> list[Record]:
-        """The evaluation server's form."""
-        return [{"question_id": r["question_id"], "answer": r["answer"]} for r in records]
+        return self.records(batch, answers)
 
 
 def answer_questions(
@@ -161,10 +156,15 @@ def answer_questions(
     answers: Sequence[str],
     generation: GenerationConfig,
     max_answer_tokens: int,
+    whole_list: bool = False,
 ) -> list[tuple[str, float]]:
-    """Answer and probability for each prompt: the best of the list if there is a tree, exactly; else by open generation, at least one token."""
+    """Answer and probability for each prompt: the best of the list if there is a tree, exactly; else by open generation, at least one token.
+
+    whole_list: all of the list is scored, and the probability is the answer's share of the list's.
+    """
     if tree is not None:
-        return [(answers[best[0].answer], best[0].probability) for best in rank_answers(model, memory, ids, mask, tree)]
+        found = rank_answers(model, memory, ids, mask, tree, k=len(tree) if whole_list else 1)
+        return [(answers[ranked[0].answer], share(ranked) if whole_list else ranked[0].probability) for ranked in found]
     rules = Rules(end_id=tokenizer.sep_id, max_length=max_answer_tokens, min_length=min(1, max_answer_tokens - 1))
     if model.config.decoder == "separate" and model.config.decoder_reads == "question":
         # Penalties count the prompt's tokens. Where that is the question there are none: an answer may well repeat its words.
@@ -196,8 +196,9 @@ class EncoderDecoderVqa(Vqa):
         memory = self._question_memory(batch).select(answers.text)
         states = self.model.decode_states(answers.ids, memory)
         prompt = torch.ones_like(answers.text)
+        weight = answers.weight * batch.weight[answers.text]
         total, right, tokens = sequence_loss(
-            self.model, states, answers.ids, answers.mask, prompt, answers.weight, self.label_smoothing
+            self.model, states, answers.ids, answers.mask, prompt, weight, self.label_smoothing
         )
         return {"captioning": Loss(total, answers.weight.sum(), {"accuracy": (right, tokens)})}
 
@@ -206,8 +207,7 @@ class EncoderDecoderVqa(Vqa):
         return self._question_memory(batch), start, torch.ones_like(start, dtype=torch.bool)
 
     def _question_memory(self, batch: Batch) -> CrossMemory:
-        image = self.model.memory(self.encode_image(batch.images).tokens, None, "fusion").select(batch.texts.image)
-        states = self.model.fuse(self.model.text_view(batch.texts.ids, batch.texts.mask), image)
+        states = self.question_states(batch)
         # The mask matters: peers let the decoder attend to padding, so that an answer depends on the batch's other questions.
         return self.model.memory(states, batch.texts.mask, "decoder")
 

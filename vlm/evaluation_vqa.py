@@ -1,0 +1,167 @@
+"""What `vlm evaluate` says about answers beside their scores: by type, calibration, baselines by counting, a page with the pictures."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm.answers_page import write_answers_page
+from vlm.build import load_sets
+from vlm.calibration import calibrated_images, store_temperature, stored_temperature
+from vlm.config import Config
+from vlm.data.index import ShardSet
+from vlm.data.scan import scan
+from vlm.errors import ConfigError, UserError
+from vlm.metrics.baselines import fit_question_type_baseline
+from vlm.metrics.calibration import calibrated, fit_temperature, reliability
+from vlm.metrics.vqa import accuracy
+from vlm.model.pretrained import load_metadata
+from vlm.tasks.task import Record, Task
+from vlm.tasks.vqa_task import VqaTask, by_type
+from vlm.train.report import number, say
+
+PAGE = "answers.html"
+
+
+class AnswersEvaluation:
+    """The answers of a checkpoint on the sets of a split. Does nothing for a task that does not answer questions."""
+
+    def __init__(self, task: Task, checkpoint: Path, given: Path, split: str, calibrate: bool) -> None:
+        """given: the checkpoint as it was named. calibrate: the temperature is fitted on these answers, and stored with the checkpoint.
+
+        Raises:
+            ConfigError: it cannot be calibrated so.
+        """
+        self.task = task if isinstance(task, VqaTask) else None
+        self.folder, self.split, self.calibrate = checkpoint, split, calibrate
+        if calibrate and self.task is None:
+            raise ConfigError("--calibrate is of answers to questions; give a config with task=vqa.")
+        if calibrate and split == "train":
+            raise ConfigError("--calibrate wants images that were not trained on; use --split val.")
+        if calibrate and (not given.is_dir() or given.resolve() != checkpoint.resolve()):
+            raise ConfigError(
+                f"--calibrate writes into the checkpoint, and {given} is no folder of one; export it first."
+            )
+        if self.task is not None:
+            self.task.temperature = 1.0 if calibrate else stored_temperature(load_metadata(checkpoint))
+
+    def finish(
+        self, records: Mapping[str, list[Record]], scores: dict[str, dict[str, Any]], main: bool
+    ) -> dict[str, Any]:
+        """What results.json says about the answers; with `calibrate` the temperature is fitted and stored, and the scores are brought up to date.
+
+        records, scores: by set. main: whether this rank writes.
+        """
+        if self.task is None:
+            return {}
+        everything = [record for found in records.values() for record in found]
+        images = [record["image_id"] for record in everything]
+        if self.calibrate:
+            self._calibrate(everything, sorted(records), main)
+            for name, found in records.items():
+                scores[name] |= self.task.evaluate(found)
+        known = calibrated_images(self.folder, images)
+        if known and main:
+            say(f"the temperature was fitted on {known} of these {len(set(images))} images: their calibration flatters")
+        report = {name: self._report(name, found, main) for name, found in records.items()}
+        return {"answers": {"temperature": self.task.temperature, "images_calibrated_on": known, "sets": report}}
+
+    def _calibrate(self, records: Sequence[Record], sets: Sequence[str], main: bool) -> None:
+        assert self.task is not None
+        before = self.task.evaluate(records)
+        scored = [r for r in records if r["references"]]
+        right = [accuracy(r["answer"], r["references"]) for r in scored]
+        try:
+            self.task.temperature = fit_temperature([r["probability"] for r in scored], right)
+        except ValueError as error:
+            raise UserError(f"the answers cannot be calibrated: {error}") from None
+        for record in records:
+            record["confidence"] = calibrated(record["probability"], self.task.temperature)
+        after = self.task.evaluate(records)
+        told = (
+            f"temperature {number(self.task.temperature)} from {len(scored)} answers: mean confidence {number(before['mean_confidence'])} -> "
+            f"{number(after['mean_confidence'])} (accuracy {number(after['accuracy'])}), expected calibration error {number(before['ece'])} -> "
+            f"{number(after['ece'])}"
+        )
+        if main:
+            facts = {
+                "split": self.split,
+                "sets": list(sets),
+                "questions": len(scored),
+                "accuracy": after["accuracy"],
+                "ece_before": before["ece"],
+                "ece": after["ece"],
+            }
+            store_temperature(self.folder, self.task.temperature, [r["image_id"] for r in scored], facts)
+            say(f"{told}; stored in {self.folder}")
+
+    def _report(self, name: str, records: Sequence[Record], main: bool) -> dict[str, Any]:
+        assert self.task is not None
+        types = {key: by_type(records, key) for key in ("answer_type", "question_type")}
+        scored = [r for r in records if r["references"]]
+        right = [accuracy(r["answer"], r["references"]) for r in scored]
+        bins = [vars(b) for b in reliability([r["confidence"] for r in scored], right)] if scored else []
+        if main:
+            for key, found in types.items():
+                if found:
+                    say(f"{name}, by {key.replace('_', ' ')}:\n{table(found)}")
+        return {"by_" + key: found for key, found in types.items()} | {"reliability": bins}
+
+    def unanswered(
+        self, sets: Mapping[str, ShardSet], records: Mapping[str, list[Record]], scores: Mapping[str, Mapping[str, Any]]
+    ) -> list[Record]:
+        """Empty answers to the questions about images that were left out: an evaluation server wants an answer to every question."""
+        missing: list[Record] = []
+        for name, shards in sets.items():
+            if self.task is None or not scores[name].get("left_out"):
+                continue
+            answered = {r["question_id"] for r in records[name]}
+            asked = (q["question_id"] for record in scan([shards]) for q in record.questions)
+            missing += [{"question_id": key, "answer": ""} for key in asked if key not in answered]
+        if missing:
+            say(f"{len(missing)} questions about images that were left out get an empty answer in predictions.json")
+        return missing
+
+    def write_page(
+        self, out: Path, sets: Mapping[str, ShardSet], records: Mapping[str, list[Record]], results: Mapping[str, Any]
+    ) -> None:
+        """answers.html in `out`: right and wrong answers with their pictures."""
+        if self.task is not None and any(r["references"] for found in records.values() for r in found):
+            write_answers_page(out / PAGE, sets, records, results)
+            say(f"wrote {out / PAGE}")
+
+
+def table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line for each type, the commonest first: accuracy, its interval, and the number of questions."""
+    rows = sorted(found.items(), key=lambda item: (-item[1]["questions"], item[0]))
+    width = max(len(name) for name in found)
+    return "\n".join(
+        f"  {name:<{width}}  {row['accuracy']:6.2f}  ({row['interval'][0]:6.2f} to {row['interval'][1]:6.2f})  {row['questions']:6d}"
+        for name, row in rows
+    )
+
+
+def counting_baselines(config: Config, records: Sequence[Record], name: str) -> dict[str, float]:
+    """What counting training answers alone would score: the commonest one, and the commonest for a question's first words."""
+    try:
+        sets = load_sets(config.data.splits.train, "data.splits.train", config.data.cache)
+    except UserError as error:  # a model may be scored where its training data are not
+        say(f"no baselines by counting training answers: {error}")
+        return {}
+    records = [r for r in records if r["references"]]
+    trained = [q for record in scan(sets) for q in record.questions if q.get("answers")]
+    if not records or not trained:
+        return {}
+    by_words = fit_question_type_baseline([q["question"] for q in trained], [q["answers"] for q in trained])
+    guesses = {
+        "baseline/commonest_answer": lambda _: by_words.overall,
+        "baseline/by_first_words": by_words.answer,
+    }
+    found = {
+        key: 100 * sum(accuracy(guess(r["question"]), r["references"]) for r in records) / len(records)
+        for key, guess in guesses.items()
+    }
+    say(
+        f"without any model, {name}: "
+        + ", ".join(f"{key.removeprefix('baseline/')} {number(value)}" for key, value in found.items())
+    )
+    return found
