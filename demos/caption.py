@@ -1,7 +1,7 @@
-"""Captions of photographs: python demos/caption.py IMG|FOLDER|- [...] [--model DIR] [--beams N] [--sample] [--json] [--device D]
+"""Captions of photographs: python demos/caption.py IMG|FOLDER|- [...] [--model DIR] [--beams N] [--sample] [--count N] [--json] [--device D]
 
 One caption a line on stdout, in order, nothing else; `-` reads paths from stdin. A bad image among several gives an empty line, a line on stderr and
-exit status 1.
+exit status 1. With --count each image has so many lines, empty ones where there are no captions, and with --json also the list `captions`.
 """
 
 import argparse
@@ -10,13 +10,14 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlm.predictor import Predictor
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 MODEL = Path(__file__).parent / "model"
+POLICY = ("temperature", "top_k", "top_p")
 
 
 def main() -> int:
@@ -26,13 +27,28 @@ def main() -> int:
     )
     parser.add_argument("--model", default=str(MODEL), metavar="DIR", help="checkpoint folder (default: %(default)s)")
     parser.add_argument("--beams", type=int, metavar="N", help="beams; 1 is greedy (default: the checkpoint's)")
+    parser.add_argument("--count", type=int, metavar="N", help="different captions of each image, the best first")
+    parser.add_argument("--prompt", metavar="TEXT", help="words that the captions continue (default: the checkpoint's)")
     parser.add_argument("--sample", action="store_true", help="draw the words instead of searching the likeliest")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of --sample: other seeds, other captions")
+    parser.add_argument("--temperature", type=float, metavar="T", help="of --sample: below 1 keeps to likely words")
+    parser.add_argument(
+        "--top-k", type=int, metavar="N", help="of --sample: only the N likeliest words each time; 0: all"
+    )
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="of --sample: only the likeliest words of this probability"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line: image, caption, confidence")
     parser.add_argument("--device", metavar="D", help="cpu or cuda (default: a GPU where there is one)")
+    parser.add_argument("--int8", action="store_true", help="weights of 8 bits, in less memory; needs torchao")
     arguments = parser.parse_args()
-    if arguments.beams is not None and arguments.beams < 1:
-        parser.error(f"--beams {arguments.beams}: give at least 1")
+    for name in ("beams", "count"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} {value}: give at least 1")
+    for name in POLICY:
+        if getattr(arguments, name) is not None and not arguments.sample:
+            parser.error(f"--{name.replace('_', '-')} is of drawn captions; add --sample")
 
     from vlm.errors import UserError
 
@@ -52,27 +68,30 @@ def caption(arguments: argparse.Namespace) -> int:
     from vlm.errors import BadImage
 
     paths = list(listed(arguments.images))
-    predictor = load(arguments.model, arguments.device)
-    from vlm.predictor import Said
-
-    status = 0
+    predictor = load(arguments.model, arguments.device, arguments.int8)
+    policy = {name: getattr(arguments, name) for name in POLICY if getattr(arguments, name) is not None}
+    count, status = arguments.count or 1, 0
     for path in paths:
-        found: Said | str
+        said: list[dict[str, Any]] = []
         try:
-            found = predictor.caption([path], arguments.beams, arguments.sample, arguments.seed)[0]
+            (found,) = predictor.captions(
+                [path], count, arguments.beams, arguments.sample, arguments.seed, prompt=arguments.prompt, **policy
+            )
+            said = [{"caption": s.text, "confidence": round(s.confidence, 4)} for s in found]
+            shown = {**said[0], **({"captions": said} if arguments.count else {})}
         except BadImage as error:
-            found, status = " ".join(str(error).splitlines()), 1  # a file's name may have several lines
-            print(f"caption: {found}", file=sys.stderr)
+            shown, status = {"error": " ".join(str(error).splitlines())}, 1  # a file's name may have several lines
+            print(f"caption: {shown['error']}", file=sys.stderr)
         if arguments.json:
-            words = {"caption": found.text, "confidence": round(found.confidence, 4)} if isinstance(found, Said) else {}
-            print(json.dumps({"image": path, **(words or {"error": found})}), flush=True)
+            print(json.dumps({"image": path, **shown}), flush=True)
         else:
-            print(found.text if isinstance(found, Said) else "", flush=True)
+            texts = [s["caption"] for s in said]
+            print("\n".join(texts + [""] * (count - len(texts))), flush=True)
     return status
 
 
-def load(model: str, device: str | None) -> "Predictor":
-    """The checkpoint that a demo was given, or the one beside it.
+def load(model: str, device: str | None, int8: bool = False) -> "Predictor":
+    """The checkpoint that a demo was given, or the one beside it; int8: with weights of 8 bits.
 
     Raises:
         UserError: it is not there, or cannot be used.
@@ -83,7 +102,7 @@ def load(model: str, device: str | None) -> "Predictor":
         raise CheckpointError(f"{MODEL} is not there; give a checkpoint folder with --model DIR.")
     from vlm.predictor import Predictor
 
-    return Predictor.load(model, device)
+    return Predictor.load(model, device, quantize="int8" if int8 else None)
 
 
 def listed(names: list[str]) -> Iterator[str]:

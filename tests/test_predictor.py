@@ -100,11 +100,23 @@ def test_settings_override_the_checkpoint_s(predictor: Predictor) -> None:
         ({"min_lenght": 3}, "did you mean min_length"),
         ({"max_length": 200}, "max_positions=48"),
         ({"repetition_penalty": 0}, "repetition_penalty=0"),
+        ({"banned_words": "dog"}, "banned_words is a single text"),
+        ({"banned_words": [" "]}, "has no letters"),
     ],
 )
 def test_unusable_settings_are_named(predictor: Predictor, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         predictor.caption([picture()], **settings)
+
+
+def test_banned_words_are_not_said(predictor: Predictor) -> None:
+    images = [picture(seed) for seed in range(4)]
+    plain = predictor.caption(images)
+    banned = sorted({word for said in plain for word in said.text.split() if word.isalpha()})[:3]
+    assert len(banned) > 1
+    for sampled in (False, True):
+        for said in predictor.captions(images, 2, sampled=sampled, banned_words=banned):
+            assert not {word for s in said for word in s.text.split()} & set(banned)
 
 
 def test_sampling_is_reproducible_by_its_seed(predictor: Predictor) -> None:

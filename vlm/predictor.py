@@ -19,22 +19,23 @@ from torch import Tensor
 
 from vlm.config import GenerationConfig
 from vlm.data.images import EvaluationTransform, decode_image
-from vlm.data.text import Tokenizer, clean_caption, clean_question, tidy
+from vlm.data.text import Tokenizer, clean_caption, tidy
 from vlm.errors import CheckpointError, ConfigError
 from vlm.hub import local_folder
-from vlm.model.generation import Generated, sample
+from vlm.model.generation import Generated
 from vlm.model.pretrained import CONFIG, TOKENIZER, load_pretrained
 from vlm.model.vision_language import TextFeatures, VisionLanguageModel
 
 if TYPE_CHECKING:
-    from vlm.model.ranking import AnswerTree
+    from vlm.answering import Answerer
 
 ImageLike = str | Path | bytes | Image.Image
 
 
 @dataclass(frozen=True)
 class Said:
-    """A caption or an answer. confidence: 0..1; for a caption the geometric mean of its words' probabilities, for an answer its probability."""
+    """A caption or an answer. confidence: 0..1; for a caption the geometric mean of its words' probabilities, for an answer its
+    probability, at the temperature that the checkpoint stores (see `vlm.metrics.calibration`)."""
 
     text: str
     confidence: float
@@ -61,7 +62,10 @@ class Predictor:
         generation, text = metadata.get("generation") or {}, metadata.get("text") or {}
         try:
             names = {f.name for f in fields(GenerationConfig)}
-            self.generation = GenerationConfig(**{k: v for k, v in generation.items() if k in names})
+            known_settings: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in generation.items() if k in names
+            }
+            self.generation = GenerationConfig(**known_settings)
             self.prompt: str = text.get("prompt", "")
             self.question_prompt: str = text.get("question_prompt", "question: {question} answer:")
             self.max_tokens: int = text.get("max_tokens", 32)
@@ -73,14 +77,19 @@ class Predictor:
 
     @classmethod
     def load(
-        cls, source: str | Path, device: str | torch.device | None = None, revision: str | None = None
+        cls,
+        source: str | Path,
+        device: str | torch.device | None = None,
+        revision: str | None = None,
+        quantize: str | None = None,
     ) -> "Predictor":
         """From a checkpoint folder, a folder of transformers' BLIP, or a model on the hub (owner/name; see `vlm.hub.local_folder`).
 
-        device: by default a GPU where there is one. revision: the hub's branch, tag or commit.
+        device: by default a GPU where there is one. revision: the hub's branch, tag or commit. quantize: "int8" keeps the linear maps' weights in
+        a quarter of the memory (see `vlm.quantize`).
 
         Raises:
-            CheckpointError: the folder is incomplete or damaged, or the hub does not give it. ConfigError: there is no such device.
+            CheckpointError: the folder is incomplete or damaged, or the hub does not give it. ConfigError: there is no such device, or kind.
         """
         from vlm.checkpoint import read_answers
 
@@ -88,7 +97,12 @@ class Predictor:
         model, metadata = load_pretrained(folder)
         if not (folder / TOKENIZER).exists():
             raise CheckpointError(f"{folder}: {TOKENIZER} is missing; copy the checkpoint again.")
-        return cls(model.to(place), Tokenizer.load(folder), metadata, read_answers(folder))
+        model = model.to(place)
+        if quantize is not None:
+            from vlm.quantize import quantize as quantized
+
+            model = quantized(model, quantize)
+        return cls(model, Tokenizer.load(folder), metadata, read_answers(folder))
 
     @torch.no_grad()
     def caption(
@@ -102,13 +116,31 @@ class Predictor:
     ) -> list[Said]:
         """One caption for each image, whatever else is in the batch.
 
-        beams, settings: in place of the checkpoint's (see GenerationConfig). sampled: drawn (nucleus 0.9) instead of searched, for each image
-        anew from `seed`.
+        beams, settings: in place of the checkpoint's (see GenerationConfig), and `prompt`, the words that the captions continue and do not repeat.
+        sampled: drawn, by the temperature, top_k and top_p of the settings, instead of searched, for each image anew from `seed`.
 
         Raises:
             BadImage: an image cannot be used. CheckpointError: the checkpoint makes no captions. ConfigError: an unusable setting.
         """
-        from vlm.tasks.captioning import caption_start, generate_captions, generation_rules
+        return [said for said, *_ in self.captions(images, 1, beams, sampled, seed, batch_size, **settings)]
+
+    @torch.no_grad()
+    def captions(
+        self,
+        images: Sequence[ImageLike],
+        count: int,
+        beams: int | None = None,
+        sampled: bool = False,
+        seed: int = 0,
+        batch_size: int = 16,
+        prompt: str | None = None,
+        **settings: Any,
+    ) -> list[list[Said]]:
+        """As `caption`, for each image `count` different captions: the best that the search finds, or, sampled, drawn without replacement.
+
+        There are fewer where no more are possible. ConfigError too where the beams are fewer.
+        """
+        from vlm.tasks.captioning import draw_captions, generate_several
 
         self._need("language", "make captions")
         if self._reads_question:
@@ -118,60 +150,34 @@ class Predictor:
             )
         generation = self._settings({**settings, **({} if beams is None else {"beams": beams})})
 
-        def decode(batch: Tensor) -> list[Generated]:
-            memory = self.model.memory(self.model.encode_image(batch).tokens, None, "decoder")
-            if not sampled:
-                return generate_captions(self.model, memory, self.tokenizer, self.prompt, generation)
-            ids = caption_start(self.model, self.tokenizer, self.prompt, len(batch))
-            rules = generation_rules(generation, self.tokenizer)
-            # One generator for each image, so that its caption depends on nothing but itself and the seed.
-            generators = [torch.Generator(batch.device).manual_seed(seed) for _ in batch]
-            return sample(self.model, memory, ids, None, rules, top_p=0.9, generator=generators)
+        words = self.prompt if prompt is None else prompt
 
-        found = [g for batch in self._batches(images, batch_size) for g in decode(batch)]
-        return [Said(tidy(self.tokenizer.decode(g.ids)), g.confidence) for g in found]
+        def decode(batch: Tensor) -> list[list[Generated]]:
+            memory = self.model.memory(self.model.encode_image(batch).tokens, None, "decoder")
+            if sampled:
+                return draw_captions(self.model, memory, self.tokenizer, words, generation, count, seed)
+            return generate_several(self.model, memory, self.tokenizer, words, generation, count)
+
+        found = [texts for batch in self._batches(images, batch_size) for texts in decode(batch)]
+        return [[Said(tidy(self.tokenizer.decode(g.ids)), g.confidence) for g in texts] for texts in found]
 
     @torch.no_grad()
     def answer(self, image: ImageLike, question: str, beams: int | None = None) -> Said:
-        """The answer to a question about an image: the best of the checkpoint's answer list, exactly, or by open generation if it has none.
+        """The answer to a question about an image: by the checkpoint's classifier, the best of its answer list, exactly, or by open generation.
 
         Raises:
             BadImage: the image cannot be used. CheckpointError: the checkpoint answers no questions. ConfigError: unusable beams.
         """
-        from vlm.tasks.vqa import answer_questions
-
         task = self.metadata.get("task")
         if task in ("pretraining", "captioning") and not self.answers:
             raise CheckpointError(
                 f"this checkpoint was trained for {task} and answers no questions; "
                 "give one that was trained with a config of configs/finetune/vqa."
             )
-        self._need("language", "answer questions")
+        if "classifier" not in self.model.config.heads:
+            self._need("language", "answer questions")
         generation = self._settings({} if beams is None else {"beams": beams})
-        tokens = self.model.encode_image(self._tensor([image])).tokens
-        if self._reads_question:
-            ids = torch.tensor(
-                [self.tokenizer.encode(clean_question(question), self.max_tokens)], device=self.model.device
-            )
-            view = self.model.text_view(ids, torch.ones_like(ids, dtype=torch.bool))
-            states = self.model.fuse(view, self.model.memory(tokens, None, "fusion"))
-            memory, prompt = self.model.memory(states, None, "decoder"), [self.tokenizer.cls_id]
-        else:
-            memory, prompt = self.model.memory(tokens, None, "decoder"), self._question_ids(question)
-        start = torch.tensor([prompt], device=self.model.device)
-        tree, answers = self._answer_tree or (None, [])
-        ((text, probability),) = answer_questions(
-            self.model,
-            self.tokenizer,
-            memory,
-            start,
-            torch.ones_like(start, dtype=torch.bool),
-            tree,
-            answers,
-            generation,
-            self.max_answer_tokens,
-        )
-        return Said(text if answers else tidy(text), probability)
+        return Said(*self._answerer(self._tensor([image]), question, generation))
 
     @torch.no_grad()
     def match(self, image: ImageLike, texts: Sequence[str]) -> list[float]:
@@ -223,10 +229,20 @@ class Predictor:
         return settings.decoder == "separate" and settings.decoder_reads == "question"
 
     @cached_property
-    def _answer_tree(self) -> "tuple[AnswerTree, list[str]] | None":
-        from vlm.tasks.vqa import answer_tree
+    def _answerer(self) -> "Answerer":
+        from vlm.answering import Answerer
+        from vlm.calibration import stored_temperature
 
-        return answer_tree(self.tokenizer, self.answers, self.max_answer_tokens) if self.answers else None
+        return Answerer(
+            self.model,
+            self.tokenizer,
+            self.answers,
+            self.question_prompt,
+            self.max_tokens,
+            self.max_answer_tokens,
+            (self.metadata.get("vqa") or {}).get("inference") == "rank_all",
+            stored_temperature(self.metadata),
+        )
 
     def _settings(self, changes: dict[str, Any]) -> GenerationConfig:
         names = [f.name for f in fields(GenerationConfig)]
@@ -246,14 +262,6 @@ class Predictor:
         for first in range(0, len(rows), batch_size):
             ids, mask = pad(rows[first : first + batch_size], self.tokenizer.pad_id)
             yield self.model.encode_text(ids.to(self.model.device), mask.to(self.model.device))
-
-    def _question_ids(self, question: str) -> list[int]:
-        from vlm.data.samples import QuestionEncoder
-
-        encoder = QuestionEncoder(
-            self.tokenizer, self.transform, False, "prompted", self.question_prompt, max_question_tokens=self.max_tokens
-        )
-        return encoder.prompt_ids(question)
 
     def _tensor(self, images: Sequence[ImageLike]) -> Tensor:
         return torch.stack([self.transform(decode_image(image)) for image in images]).to(self.model.device)

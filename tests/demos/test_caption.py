@@ -72,6 +72,39 @@ def test_beams_sampling_and_seed(demo: Demo, model: Path, pictures: list[Path]) 
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_several_captions_of_each_image(
+    demo: Demo, model: Path, pictures: list[Path], bad_pictures: dict[str, Path]
+) -> None:
+    expected = Predictor.load(model, "cpu").captions(pictures, 2)
+    done = demo("caption", *pictures, "--model", model, "--count", 2)
+    assert (done.status, done.out) == (0, [s.text for texts in expected for s in texts])
+    mixed = [pictures[0], bad_pictures["empty"], pictures[1]]
+    done = demo("caption", *mixed, "--model", model, "--count", 2)
+    assert (done.status, done.out[2:4], len(done.out)) == (1, ["", ""], 6)
+    drawn = demo("caption", *pictures, "--model", model, "--sample", "--count", 4, "--json")
+    for line, path in zip(drawn.out, pictures, strict=True):
+        found = json.loads(line)
+        assert found["image"] == str(path)
+        assert {k: found[k] for k in ("caption", "confidence")} == found["captions"][0]
+        assert len({c["caption"] for c in found["captions"]}) == 4
+    assert "give beams=9" in refused(demo, *pictures, "--model", model, "--count", 9, status=2)
+
+
+def test_the_draw_and_the_prompt_are_the_users(demo: Demo, model: Path, pictures: list[Path]) -> None:
+    predictor = Predictor.load(model, "cpu")
+    for options, settings in (
+        (["--temperature", 3, "--top-p", 1], {"temperature": 3.0, "top_p": 1.0}),
+        (["--top-k", 1], {"top_k": 1}),
+    ):
+        done = demo("caption", *pictures, "--model", model, "--sample", *options)
+        assert done.out == [s.text for s in predictor.caption(pictures, sampled=True, **settings)]
+    assert done.out == demo("caption", *pictures, "--model", model, "--beams", 1).out, "the likeliest word is greedy's"
+    prompted = demo("caption", *pictures, "--model", model, "--prompt", "a red circle").out
+    assert prompted == [s.text for s in predictor.caption(pictures, prompt="a red circle")]
+    assert prompted != demo("caption", *pictures, "--model", model).out
+    assert "temperature=0.0" in refused(demo, *pictures, "--model", model, "--sample", "--temperature", 0, status=2)
+
+
 def test_every_kind_of_image_works(demo: Demo, model: Path, odd_pictures: list[Path]) -> None:
     done = demo("caption", odd_pictures[0].parent, "--model", model)
     assert (done.status, done.err) == (0, [])
@@ -102,7 +135,17 @@ def test_bad_images_among_good_ones(
     assert done.status == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["a.png", "--beams", "0"], ["a.png", "--beams", "x"], ["a.png", "--loud"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["a.png", "--beams", "0"],
+        ["a.png", "--beams", "x"],
+        ["a.png", "--loud"],
+        ["a.png", "--count", "0"],
+        ["a.png", "--top-k", "5"],
+    ],
+)
 def test_bad_arguments_exit_2(demo: Demo, arguments: list[str]) -> None:
     done = demo("caption", *arguments)
     assert (done.status, done.out) == (2, [])
@@ -158,10 +201,10 @@ def test_without_a_model_it_says_how_to_give_one(demo: Demo, pictures: list[Path
 def test_a_request_to_stop_leaves_no_traceback(
     demo: Demo, model: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Predictor, "caption", interrupted)
+    monkeypatch.setattr(Predictor, "captions", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         done = demo("caption", *pictures, "--model", model)

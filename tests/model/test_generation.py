@@ -11,9 +11,10 @@ from torch import Tensor
 
 from vlm.errors import ConfigError
 from vlm.model.attention import CrossMemory
-from vlm.model.beam_search import beam_search
-from vlm.model.generation import Generated, Rules, greedy, sample
+from vlm.model.beam_search import beam_search, best_texts
+from vlm.model.generation import Generated, Rules, greedy
 from vlm.model.ranking import AnswerTree, rank_answers
+from vlm.model.sampling import Policy, sample
 
 Make = Callable[..., Any]
 END, B = 3, 4
@@ -28,6 +29,8 @@ SETTINGS = [
     {"repetition_penalty": 1.5},
     {"no_repeat_ngram": 2},
     {"repetition_penalty": 1.2, "no_repeat_ngram": 3, "min_length": 3, "length_penalty": 0.6},
+    {"banned": tuple((i,) for i in range(4, 30, 2))},
+    {"banned": (*((i, j) for i in range(30) for j in range(4, 30) if (i + j) % 3), (8, 5, 9), (17,)), "min_length": 3},
 ]
 
 
@@ -52,6 +55,7 @@ def _transformers(model: Any, ids: Tensor, beams: int, settings: dict[str, Any],
         min_new_tokens=rules.min_length,
         repetition_penalty=rules.repetition_penalty,
         no_repeat_ngram_size=rules.no_repeat_ngram,
+        bad_words_ids=[list(sequence) for sequence in rules.banned] or None,
         eos_token_id=END,
         pad_token_id=0,
         use_cache=False,
@@ -66,7 +70,7 @@ def _ids(results: list[Generated]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(settings))
 def test_equals_transformers_generate(tiny_decoder: Make, settings: dict[str, Any], seed: int) -> None:
     model = tiny_decoder(seed)
     memory, (rules, length_penalty) = model.memory(), _split(settings)
@@ -75,6 +79,30 @@ def test_equals_transformers_generate(tiny_decoder: Make, settings: dict[str, An
         for exhaustive, stopping in ((False, False), (True, "never")):
             ours = beam_search(model, memory, ids, None, rules, 3, length_penalty, exhaustive)
             assert _ids(ours) == _transformers(model, ids, 3, settings, early_stopping=stopping)
+
+
+@pytest.mark.parametrize("settings", [SETTINGS[0], SETTINGS[3], SETTINGS[7], SETTINGS[8]], ids=range(4))
+@pytest.mark.parametrize("seed", [0, 1])
+def test_several_texts_equal_transformers_generate(tiny_decoder: Make, settings: dict[str, Any], seed: int) -> None:
+    model, ids = tiny_decoder(seed), torch.tensor([[2, 8, 5], [2, 9, 9], [2, 4, 6], [2, 13, 5]])
+    memory, (rules, length_penalty) = model.memory(), _split(settings)
+    for count in (2, 4):
+        found = best_texts(model, memory, ids, None, rules, 4, length_penalty, count=count)
+        expected = _transformers(model, ids, 4, settings, num_return_sequences=count)
+        assert [text.ids for texts in found for text in texts] == expected
+        assert all(texts == sorted(texts, key=lambda text: -text.key) for texts in found)
+
+
+def test_several_texts_are_the_best_of_an_exhaustive_search(tiny_decoder: Make) -> None:
+    """Where nothing is pruned the k best are the first k of all texts by their scores, and asking for more changes none of them."""
+    model = tiny_decoder(3, vocab=5)
+    memory, rules, ids = model.memory(), Rules(end_id=END, max_length=3), torch.full((B, 1), 2)
+    everything = best_texts(model, memory, ids, None, rules, 5**3, exhaustive=True, count=5**3)
+    few = best_texts(model, memory, ids, None, rules, 5**3, exhaustive=True, count=7)
+    assert [[t.ids for t in texts[:7]] for texts in everything] == [[t.ids for t in texts] for texts in few]
+    for texts in everything:  # with 4 words and an end: texts of 0 to 2 words, and of 3 without an end
+        assert len({tuple(text.ids) for text in texts}) == len(texts) == 1 + 4 + 4**2 + 4**3
+        assert sum(text.probability for text in texts) == pytest.approx(1)
 
 
 def test_the_settings_above_give_texts_of_several_lengths(tiny_decoder: Make) -> None:
@@ -127,7 +155,8 @@ def test_results_do_not_depend_on_the_batch(tiny_decoder: Make, how: str, seed: 
             return greedy(model, memory, ids, mask, rules)
         if how == "sample":
             generators = [torch.Generator().manual_seed(row) for row in rows]
-            return sample(model, memory, ids, mask, rules, 1.3, top_k=9, top_p=0.9, generator=generators)
+            policy = Policy(temperature=1.3, top_k=9, top_p=0.9)
+            return sample(model, memory, ids, mask, rules, policy, generators)
         return beam_search(model, memory, ids, mask, rules, 3, exhaustive=how == "exhaustive")
 
     together = run(memory, PROMPTS, MASK, [0, 1, 2, 3])
@@ -167,41 +196,6 @@ def test_prompts_may_share_a_memory_row(tiny_decoder: Make) -> None:
         assert _ids(search(model, memory, PROMPTS, MASK, rules)) == _ids(search(model, copied, PROMPTS, MASK, rules))
 
 
-def test_sampling_follows_the_distribution_and_its_limits(tiny_decoder: Make) -> None:
-    model, count = tiny_decoder(), 4000
-    memory = model.memory(1)
-    ids, rules = torch.full((count, 1), 2), Rules(end_id=END, max_length=1)
-
-    def frequencies(**settings: Any) -> Tensor:
-        out = sample(model, memory, ids, None, rules, generator=torch.Generator().manual_seed(0), **settings)
-        return torch.bincount(torch.tensor([r.ids[0] if r.ids else END for r in out]), minlength=30) / count
-
-    logits = model.logprobs(ids[:1], memory)[0, 0]
-    for temperature in (1.0, 0.5):
-        chances = (logits / temperature).softmax(0)
-        assert (frequencies(temperature=temperature) - chances).abs().max() < 4 * (0.25 / count) ** 0.5
-    order = logits.argsort(descending=True)
-    assert set(frequencies(top_k=3).nonzero().flatten().tolist()) == set(order[:3].tolist())
-    chances = logits.softmax(0)[order]
-    nucleus = int((chances.cumsum(0) < 0.5).sum()) + 1
-    assert set(frequencies(top_p=0.5).nonzero().flatten().tolist()) == set(order[:nucleus].tolist())
-
-
-def test_sampling_honours_the_repetition_penalty(tiny_decoder: Make) -> None:
-    model, count = tiny_decoder(), 4000
-    memory, ids, rules = (
-        model.memory(1),
-        torch.tensor([[2, 9]]),
-        Rules(end_id=END, max_length=1, repetition_penalty=3.0),
-    )
-    logits = model.language_logits(model.decode_states(ids, memory))[0, -1]
-    for token in (2, 9):
-        logits[token] = logits[token] / 3 if logits[token] > 0 else logits[token] * 3
-    out = sample(model, memory, ids.repeat(count, 1), None, rules, generator=torch.Generator().manual_seed(0))
-    drawn = torch.bincount(torch.tensor([r.ids[0] if r.ids else END for r in out]), minlength=30) / count
-    assert (drawn - logits.softmax(0)).abs().max() < 4 * (0.25 / count) ** 0.5
-
-
 def test_a_row_with_no_token_left_ends(tiny_decoder: Make) -> None:
     model = tiny_decoder(0, vocab=6)
     rules = Rules(end_id=END, max_length=12, no_repeat_ngram=1, min_length=8)
@@ -224,8 +218,25 @@ def test_no_prompts_no_texts(tiny_decoder: Make) -> None:
         ({"min_length": 5, "max_length": 5}, "0 <= min_length < max_length"),
         ({"repetition_penalty": 0.0}, "must be above 0"),
         ({"no_repeat_ngram": -1}, "must not be negative"),
+        ({"banned": ((5,), ())}, "a sequence without tokens"),
     ],
 )
 def test_wrong_rules_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Rules(**{"end_id": END, "max_length": 9, **settings})
+
+
+@pytest.mark.parametrize(("beams", "count"), [(3, 4), (1, 2), (3, 0), (0, 1)])
+def test_more_texts_than_beams_are_refused(tiny_decoder: Make, beams: int, count: int) -> None:
+    model = tiny_decoder()
+    with pytest.raises(ConfigError, match=f"beams={beams}"):
+        best_texts(model, model.memory(), PROMPTS, MASK, Rules(end_id=END, max_length=4), beams, count=count)
+
+
+def test_a_row_whose_every_token_is_banned_ends(tiny_decoder: Make) -> None:
+    model = tiny_decoder()
+    rules = Rules(end_id=END, max_length=6, min_length=4, banned=tuple((8, i) for i in range(30)))
+    for search in (greedy, beam_search):
+        (found,) = search(model, model.memory(1), torch.tensor([[2, 8]]), None, rules)
+        assert found.ids == []
+        assert math.isfinite(found.score)

@@ -82,7 +82,9 @@ def attend(
             mask = attention_mask(None, True, query.shape[2], key.shape[2], query.device)
         states, weights = _plain_attention(query, key, value, mask, dropout)
         return states, weights if return_weights else None
-    return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=causal), None
+    if causal:  # of symbolic lengths (torch.compile) a symbol, which the function would not take
+        return F.scaled_dot_product_attention(query, key, value, None, dropout, is_causal=True), None
+    return F.scaled_dot_product_attention(query, key, value, mask, dropout), None
 
 
 def _split(states: Tensor, heads: int) -> Tensor:
@@ -208,15 +210,17 @@ class CrossAttention(nn.Module):
         copied nor read n times. slot: which of the memory's layers.
         """
         rows, length, _ = states.shape
-        shared = rows // len(memory) if len(memory) else 1
-        if shared * len(memory) != rows:
+        count = memory.keys[slot].shape[0]  # len() would make a constant of it in an exported graph
+        shared = rows // count if count else 1
+        if shared * count != rows:
             raise ValueError(
-                f"{rows} rows of text cannot share {len(memory)} rows of memory; give equally many for each, or memory.select(rows)."
+                f"{rows} rows of text cannot share {count} rows of memory; give equally many for each, or memory.select(rows)."
             )
-        query = _split(self.query(states).reshape(len(memory), shared * length, states.shape[-1]), self.heads)
+        query = _split(self.query(states).reshape(count, shared * length, states.shape[-1]), self.heads)
         dropout = self.dropout if self.training else 0.0
         key, value = memory.keys[slot], memory.values[slot]
-        result, weights = attend(query, key, value, memory.attention_mask, False, dropout, return_weights)
+        mask = None if memory.mask is None else memory.attention_mask  # a compiler cannot read a cached property
+        result, weights = attend(query, key, value, mask, False, dropout, return_weights)
         output: Tensor = self.output(result.transpose(1, 2).reshape(states.shape))
         if weights is None:
             return output

@@ -6,6 +6,7 @@ from typing import Any
 import timm
 import torch
 from timm.layers.patch_dropout import PatchDropout, PatchDropoutWithIndices
+from timm.models import group_parameters
 from torch import nn
 
 from vlm.config import ImageConfig
@@ -60,13 +61,22 @@ def keep_stages(backbone: Any, config: ImageConfig) -> None:
         ) from error
 
 
+def blocks_of(backbone: Any) -> list[list[str]]:
+    """Names of the parameters of the stem and then of each block (stage of a convolutional network), with the norm or projection that follows it."""
+    groups = list(group_parameters(backbone, backbone.group_matcher(coarse=True)).values())
+    shapes = {name: p.ndim for name, p in backbone.named_parameters()}
+    if all(shapes[name] == 1 for name in groups[-1]):  # a norm alone (ConvNeXt) is no block
+        groups[-2:] = [groups[-2] + groups[-1]]
+    return groups
+
+
 def set_norm_eps(backbone: nn.Module, eps: float) -> None:
     for module in backbone.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = eps
 
 
-def choose_attention(backbone: nn.Module) -> None:
+def choose_attention(backbone: Any) -> None:
     """Lets timm's attention layers take three plain operations in bf16 training on a CPU, SDPA everywhere else: see `vlm.model.attention`.
 
     Not undone after the forward pass, because layers that recompute their activations in the backward pass must take the same way again.

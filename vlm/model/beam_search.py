@@ -52,7 +52,6 @@ class _Texts:
         return both.take(both.scores.topk(count, dim=1).indices)
 
 
-@torch.no_grad()
 def beam_search(
     model: Decoder,
     memory: CrossMemory,
@@ -72,13 +71,37 @@ def beam_search(
     exhaustive: False stops a prompt when n texts are finished and the best running one is worse at its present length (transformers'
     default); True stops exactly when no running text can beat the best finished one any more (its `early_stopping="never"`).
     """
+    return [best for best, *_ in best_texts(model, memory, ids, mask, rules, beams, length_penalty, exhaustive)]
+
+
+@torch.no_grad()
+def best_texts(
+    model: Decoder,
+    memory: CrossMemory,
+    ids: Tensor,
+    mask: Tensor | None,
+    rules: Rules,
+    beams: int = 3,
+    length_penalty: float = 1.0,
+    exhaustive: bool = False,
+    count: int = 1,
+) -> list[list[Generated]]:
+    """As `beam_search`, for each prompt the `count` best texts, best first: transformers' `num_return_sequences`. Fewer where there are no more.
+
+    Raises:
+        ConfigError: unusable beams, or fewer than the texts asked for.
+    """
     if beams < 1:
         raise ConfigError(f"beams={beams}: give at least 1, which is greedy decoding.")
+    if not 1 <= count <= beams:
+        raise ConfigError(
+            f"beams={beams} find at most {beams} texts, {count} were asked for; give beams={max(count, 1)}."
+        )
     if beams == 1:
-        return greedy(model, memory, ids, mask, rules)
+        return [[text] for text in greedy(model, memory, ids, mask, rules)]
     if len(ids) == 0:
         return []
-    search = _Search(rules, beams, length_penalty, exhaustive)
+    search = _Search(rules, beams, length_penalty, exhaustive, count)
     logits, cache = read_prompt(model, memory, ids, mask, rules.max_length)
     prompts = torch.arange(len(ids), device=ids.device)
     first = prompts.repeat_interleave(beams)
@@ -86,7 +109,7 @@ def beam_search(
     running, finished = (_none_yet(len(ids), beams, rules, logits) for _ in range(2))
     running.scores[:, 0] = 0.0
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    results: dict[int, Generated] = {}
+    results: dict[int, list[Generated]] = {}
     for produced in range(rules.max_length):
         parents, running, finished = search.advance(logits, history, running, finished, done, produced)
         done = done | search.settled(running, finished, produced + 1)
@@ -94,7 +117,7 @@ def beam_search(
         if settled == len(done) or produced + 1 == rules.max_length:
             break
         if settled * 2 >= len(done):
-            results |= _results(prompts[done], finished.rows(done), rules)
+            results |= _results(prompts[done], finished.rows(done), rules, count)
             kept = (~done).nonzero().squeeze(1)
             memory = kept_memory(memory, kept, len(done))
             running, finished, parents = running.rows(kept), finished.rows(kept), parents[kept]
@@ -105,7 +128,7 @@ def beam_search(
         token = running.tokens[:, :, produced].flatten()
         history = torch.cat([history[parents.flatten()], token[:, None]], dim=1)
         logits = next_logits(model, memory, token, cache)
-    results |= _results(prompts, finished, rules)
+    results |= _results(prompts, finished, rules, count)
     return [results[i] for i in range(len(ids))]
 
 
@@ -117,6 +140,7 @@ class _Search:
     beams: int
     length_penalty: float
     exhaustive: bool
+    count: int
 
     def advance(
         self, logits: Tensor, history: Tensor, running: _Texts, finished: _Texts, done: Tensor, produced: int
@@ -152,7 +176,7 @@ class _Search:
         if self.exhaustive:
             # A positive exponent favours length: the bound is at the greatest; else at the next one.
             length = self.rules.max_length if self.length_penalty > 0 else produced + 1
-            settled = best / length**self.length_penalty <= finished.scores[:, 0]
+            settled = best / length**self.length_penalty <= finished.scores[:, self.count - 1]
         else:
             settled = best / produced**self.length_penalty <= finished.scores[:, -1]
         return settled
@@ -164,6 +188,16 @@ def _none_yet(prompts: int, beams: int, rules: Rules, like: Tensor) -> _Texts:
     return _Texts(tokens, like.new_zeros(shape), like.new_full(shape[:2], -math.inf))
 
 
-def _results(prompts: Tensor, finished: _Texts, rules: Rules) -> dict[int, Generated]:
-    best = cut(finished.tokens[:, 0], finished.logprobs[:, 0], rules.end_id, finished.scores[:, 0].tolist())
-    return dict(zip(prompts.tolist(), best, strict=True))
+def _results(prompts: Tensor, finished: _Texts, rules: Rules, count: int) -> dict[int, list[Generated]]:
+    keys = finished.scores[:, :count]
+    texts = cut(
+        finished.tokens[:, :count].flatten(0, 1),
+        finished.logprobs[:, :count].flatten(0, 1),
+        rules.end_id,
+        keys.flatten().tolist(),
+    )
+    found: dict[int, list[Generated]] = {prompt: [] for prompt in prompts.tolist()}
+    for prompt, text in zip(prompts.repeat_interleave(keys.shape[1]).tolist(), texts, strict=True):
+        if text.key != -math.inf:
+            found[prompt].append(text)
+    return found

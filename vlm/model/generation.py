@@ -1,4 +1,4 @@
-"""Greedy and sampled decoding with caches, and what beam search and answer ranking share with them.
+"""Greedy decoding with caches, and what sampling, beam search and answer ranking share with it.
 
 Letters: B prompts, R rows that are decoded together, L tokens of the longest prompt, V vocabulary, N history so far.
 
@@ -9,6 +9,7 @@ so no result depends on what else is in the batch. Rows that have ended leave th
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -72,7 +73,8 @@ class Rules:
 
     end_id: the token that ends a text ([SEP]). max_length: most tokens produced, the end included. min_length: tokens before the end is allowed.
     repetition_penalty: divides the score of a token already used where it is positive, multiplies it where negative (Keskar et al. 2019; 1: none).
-    no_repeat_ngram: no n-gram of this size occurs twice (0: allowed). A row with no token left may only end.
+    no_repeat_ngram: no n-gram of this size occurs twice (0: allowed). banned: sequences of tokens that do not occur. A row with no token left may
+    only end.
     """
 
     end_id: int
@@ -80,6 +82,7 @@ class Rules:
     min_length: int = 0
     repetition_penalty: float = 1.0
     no_repeat_ngram: int = 0
+    banned: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_length < self.max_length:
@@ -90,6 +93,17 @@ class Rules:
             raise ConfigError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1 is none.")
         if self.no_repeat_ngram < 0:
             raise ConfigError(f"no_repeat_ngram={self.no_repeat_ngram} must not be negative; 0 allows repetition.")
+        if not all(self.banned):
+            raise ConfigError("banned holds a sequence without tokens, which would ban every text; leave it out.")
+
+    @cached_property
+    def _endings(self) -> list[tuple[Tensor, Tensor]]:
+        """The banned sequences of each length S: all tokens but the last (N, S - 1), and the last (N,)."""
+        groups = [[s for s in self.banned if len(s) == size] for size in sorted({len(s) for s in self.banned})]
+        return [
+            (torch.tensor([s[:-1] for s in group], dtype=torch.long), torch.tensor([s[-1] for s in group]))
+            for group in groups
+        ]
 
     def apply(self, scores: Tensor, history: Tensor, produced: int) -> Tensor:
         """Scores (R, V) with -inf where a token is forbidden. history: (R, N), -1 before a row's first token. produced: tokens after the prompt."""
@@ -104,9 +118,14 @@ class Rules:
             windows = history.unfold(1, size, 1)
             repeats = (windows[..., :-1] == history[:, None, history.shape[1] - size + 1 :]).all(-1)
             scores = scores.masked_fill(_flags(windows[..., -1].masked_fill(~repeats, -1), vocabulary), -math.inf)
+        for begin, last in self._endings:
+            if history.shape[1] >= begin.shape[1]:
+                tail = history[:, None, history.shape[1] - begin.shape[1] :]
+                met = (tail == begin.to(history.device)).all(-1)
+                scores = scores.masked_fill(_flags(last.to(history.device).where(met, -1), vocabulary), -math.inf)
         if produced < self.min_length:
             scores = scores.index_fill(1, torch.tensor(self.end_id, device=scores.device), -math.inf)
-        if size:
+        if size or self.banned:
             stuck = (scores == -math.inf).all(1)
             end = torch.where(stuck, allowed_end, scores[:, self.end_id])
             scores = scores.index_copy(1, torch.tensor([self.end_id], device=scores.device), end[:, None])
@@ -174,10 +193,11 @@ Choose = Callable[[Tensor, Tensor], Tensor]
 
 
 @torch.no_grad()
-def _decode(
+def decode(
     model: Decoder, memory: CrossMemory, ids: Tensor, mask: Tensor | None, rules: Rules, choose: Choose
 ) -> list[Generated]:
-    """One text for each prompt; `choose(scores (R, V), rows (R,))` picks the next token (R,) of the prompts `rows`."""
+    """One text for each prompt. ids, mask: as `read_prompt` takes them. `choose(scores (R, V), rows (R,))` picks the next token (R,) of the prompts
+    `rows`."""
     if len(ids) == 0:
         return []
     logits, cache = read_prompt(model, memory, ids, mask, rules.max_length)
@@ -204,54 +224,4 @@ def _decode(
 
 def greedy(model: Decoder, memory: CrossMemory, ids: Tensor, mask: Tensor | None, rules: Rules) -> list[Generated]:
     """The likeliest next token each time. ids, mask: prompts as `read_prompt` takes them; memory: of B rows, or of a divisor of B."""
-    return _decode(model, memory, ids, mask, rules, lambda scores, _: scores.argmax(1))
-
-
-def sample(
-    model: Decoder,
-    memory: CrossMemory,
-    ids: Tensor,
-    mask: Tensor | None,
-    rules: Rules,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
-) -> list[Generated]:
-    """Draws each token after the rules, then temperature, top_k (0: all) and nucleus top_p (1: all), in transformers' order.
-
-    generator: one for the batch; or one for each prompt, so that a prompt's text does not depend on the batch.
-    """
-    if temperature <= 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise ConfigError(f"{temperature=}, {top_k=}, {top_p=}: give temperature > 0, top_k >= 0 and 0 < top_p <= 1.")
-    count = len(ids)
-
-    def choose(scores: Tensor, rows: Tensor) -> Tensor:
-        scores = scores / temperature
-        uniform = _uniform(count, generator).to(scores.device)[rows]
-        if not top_k and top_p == 1:
-            return _drawn(scores.softmax(1), uniform)  # in any order: sorting would take most of the time
-        ordered, tokens = scores.sort(dim=1, descending=True)
-        if top_k:
-            ordered = ordered.masked_fill(ordered < ordered[:, min(top_k, ordered.shape[1]) - 1, None], -math.inf)
-        chances = ordered.softmax(1)
-        chances = chances.masked_fill(chances.cumsum(1) - chances >= top_p, 0.0)
-        return tokens.gather(1, _drawn(chances, uniform)[:, None]).squeeze(1)
-
-    return _decode(model, memory, ids, mask, rules, choose)
-
-
-def _drawn(chances: Tensor, uniform: Tensor) -> Tensor:
-    """Columns (R,) of chances (R, V), which need not sum to 1: the inverse of the distribution function at uniform (R,), fp64."""
-    reached = chances.cumsum(1, dtype=torch.float64)
-    place = torch.searchsorted(reached, uniform[:, None] * reached[:, -1:], right=True)
-    # Rounding may lead behind the last possible token, which is the first that reaches the sum.
-    return torch.minimum(place, (reached < reached[:, -1:]).sum(1, keepdim=True)).squeeze(1)
-
-
-def _uniform(count: int, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
-    if generator is None or isinstance(generator, torch.Generator):
-        return torch.rand(
-            count, generator=generator, dtype=torch.float64, device=generator.device if generator else None
-        )
-    return torch.cat([torch.rand(1, generator=g, dtype=torch.float64, device=g.device).cpu() for g in generator])
+    return decode(model, memory, ids, mask, rules, lambda scores, _: scores.argmax(1))

@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from timm.layers import convert_sync_batchnorm, resample_abs_pos_embed
-from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from vlm.config import ImageConfig
 from vlm.errors import ConfigError
-from vlm.model.backbone import choose_attention, create_backbone, keep_stages, set_norm_eps
+from vlm.model.backbone import blocks_of, choose_attention, create_backbone, keep_stages, set_norm_eps
 from vlm.model.folding import fold_frozen, weights_key
 from vlm.model.image_weights import load_weights
 from vlm.model.patches import hiding, patch_side
@@ -145,11 +144,7 @@ class ImageEncoder(nn.Module):
         if self.frozen:
             self.backbone.requires_grad_(False)
         elif blocks is not None:
-            # Groups are the stem and then the blocks, each with the norm or projection that follows it.
-            groups = list(group_parameters(self.backbone, self.backbone.group_matcher(coarse=True)).values())
-            shapes = {name: p.ndim for name, p in self.backbone.named_parameters()}
-            if all(shapes[name] == 1 for name in groups[-1]):  # a norm alone (ConvNeXt) is no block
-                groups[-2:] = [groups[-2] + groups[-1]]
+            groups = blocks_of(self.backbone)
             if blocks > len(groups):
                 raise ConfigError(
                     f"image.trainable_blocks={blocks}, but {self.config.name} has {len(groups) - 1} blocks and a stem; null trains all."

@@ -35,46 +35,63 @@ def load_by_name(module: nn.Module, state: dict[str, Tensor]) -> Loaded:
     return Loaded(list(fits), [n for n in own if n not in fits], [n for n in state if n not in fits])
 
 
-def load_text_weights(model: VisionLanguageModel, weights: TextWeights) -> Loaded:
-    """Starts the text Transformer from a BERT's: its first layers if it has more, its first positions if it has more."""
+def load_text_weights(model: VisionLanguageModel, weights: TextWeights) -> tuple[Loaded, list[str]]:
+    """Starts the text Transformer from a BERT's: its first layers if it has more, its first positions if it has more; and the heads of words.
+
+    What became of the Transformer's tensors, and the model's names of all that were taken.
+    """
     state = dict(weights.transformer)
     positions = model.text.embeddings.position.weight
     name = "embeddings.position.weight"
     if name in state and len(state[name]) > len(positions):
         state[name] = state[name][: len(positions)]
     report = load_by_name(model.text, state)
-    for head in (model.masked_language_head, model.language_head):
+    names = [f"text.{name}" for name in report.loaded]
+    for part in ("masked_language_head", "language_head"):
+        head = getattr(model, part)
         if head is not None and weights.head:
-            load_by_name(head, weights.head)
-    return report
+            names += [f"{part}.{name}" for name in load_by_name(head, weights.head).loaded]
+    return report, names
+
+
+@dataclass(frozen=True)
+class Started:
+    """What was started from another part of the model: in words, and the tensors' names."""
+
+    text: str
+    names: list[str]
 
 
 @torch.no_grad()
-def decoder_from_fusion(model: VisionLanguageModel) -> str | None:
+def decoder_from_fusion(model: VisionLanguageModel) -> Started | None:
     """Starts a separate decoder from the last layers of the text Transformer (ALBEF's VQA decoder), and its memory where the widths agree.
 
     Layers map to layers, their cross-attention included. Where those have causal self-attention of their own (BLIP), the decoder takes that.
-    Returns what was done, in words, or None without such a decoder.
+    None without such a decoder.
     """
     if model.decoder is None or model.decoder_memory is None:
         return None
     text, decoder = model.text, model.decoder
     decoder.embeddings.load_state_dict(text.embeddings.state_dict())
+    names = [f"decoder.embeddings.{name}" for name in decoder.embeddings.state_dict()]
     skip = len(text.layers) - len(decoder.layers)
     first = max(skip, 0)
     for index, layer in enumerate(decoder.layers):
         if index + skip >= 0:
-            load_by_name(layer, _causal(text.layers[index + skip].state_dict()))
+            report = load_by_name(layer, _causal(text.layers[index + skip].state_dict()))
+            names += [f"decoder.layers.{index}.{name}" for name in report.loaded]
     skip = len(model.fusion_memory.keys) - len(model.decoder_memory.keys)
-    taken = 0
+    taken: list[str] = []
     for index in range(max(-skip, 0), len(model.decoder_memory.keys)):
-        for own, fusion in (
-            (model.decoder_memory.keys, model.fusion_memory.keys),
-            (model.decoder_memory.values, model.fusion_memory.values),
+        for what, own, fusion in (
+            ("keys", model.decoder_memory.keys, model.fusion_memory.keys),
+            ("values", model.decoder_memory.values, model.fusion_memory.values),
         ):
-            taken += len(load_by_name(own[index], fusion[index + skip].state_dict()).loaded)
+            report = load_by_name(own[index], fusion[index + skip].state_dict())
+            taken += [f"decoder_memory.{what}.{index}.{name}" for name in report.loaded]
     memory = "" if taken else ", its memory new, of another width"
-    return f"decoder: started from the text's layers {first} to {len(text.layers) - 1}{memory}"
+    said = f"decoder: started from the text's layers {first} to {len(text.layers) - 1}{memory}"
+    return Started(said, names + taken)
 
 
 def _causal(layer: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -84,9 +101,10 @@ def _causal(layer: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def language_from_masked(model: VisionLanguageModel) -> str | None:
-    """Starts the language head from that of masked language modelling, as ALBEF's decoders start; what was done, in words, or None."""
+def language_from_masked(model: VisionLanguageModel) -> Started | None:
+    """Starts the language head from that of masked language modelling, as ALBEF's decoders start; None without those heads."""
     if model.language_head is None or model.masked_language_head is None:
         return None
     model.language_head.load_state_dict(model.masked_language_head.state_dict())
-    return "language_head: started from the masked_language head"
+    names = [f"language_head.{name}" for name in model.language_head.state_dict()]
+    return Started("language_head: started from the masked_language head", names)

@@ -13,8 +13,8 @@ _MULTIPLE = 8
 
 
 def reads_lengths(mask: Tensor) -> bool:
-    """Whether lengths can be read without waiting for a device."""
-    return mask.device.type == "cpu"
+    """Whether lengths can be read without waiting for a device; an exported graph must not depend on those of its example."""
+    return mask.device.type == "cpu" and not torch.compiler.is_exporting()
 
 
 def by_length(mask: Tensor, run: Callable[[Tensor, int], Tensor]) -> Tensor:

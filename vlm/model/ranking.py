@@ -32,6 +32,11 @@ class Ranked:
         return math.exp(self.score)
 
 
+def share(ranked: Sequence[Ranked]) -> float:
+    """What the first of them has of the probability of all."""
+    return 1.0 / sum(math.exp(other.score - ranked[0].score) for other in ranked)
+
+
 class AnswerTree:
     """The prefix tree of a list of different answers, each a list of token ids without special tokens; made once, used for every batch.
 

@@ -43,7 +43,8 @@ class TextCache:
                 "make it with more, or select its rows."
             )
         if self._store is None:
-            self._store = keys.new_empty(self.layers, 2, self.rows, keys.shape[1], self.max_length, keys.shape[3])
+            # Zeros, as a step of fixed shapes reads what was not written too, and must not find NaN.
+            self._store = keys.new_zeros(self.layers, 2, self.rows, keys.shape[1], self.max_length, keys.shape[3])
         self._store[slot, 0, :, :, self.length : end] = keys
         self._store[slot, 1, :, :, self.length : end] = values
         return self._store[slot, 0, :, :, :end], self._store[slot, 1, :, :, :end]
@@ -59,6 +60,14 @@ class TextCache:
         self._mask = torch.cat([past[:, : self.length], new], dim=1)
         return self._mask
 
+    def whole(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For a step of fixed shapes, of a cache that is not empty: the keys and values (layers, 2, R, H, max_length, E), which of their positions
+        may be attended to (R, max_length), and the position number of the next token (R,)."""
+        assert self._store is not None
+        seen = torch.zeros(self.rows, self.max_length, dtype=torch.bool, device=self._store.device)
+        seen[:, : self.length] = True if self._mask is None else self._mask[:, : self.length]
+        return self._store, seen, seen.sum(1)
+
     def advance(self, count: int) -> None:
         """Counts the positions that every layer has just appended."""
         self.length += count
@@ -71,7 +80,7 @@ class TextCache:
         if self._store is not None:
             shape = list(self._store.shape)
             shape[2] = len(rows)
-            chosen._store = self._store.new_empty(shape)
+            chosen._store = self._store.new_zeros(shape)
             chosen._store[..., : self.length, :] = self._store[..., : self.length, :].index_select(2, rows)
         return chosen
 

@@ -6,6 +6,8 @@ One `Layer` serves every mode: without a memory it is a text encoder's, with one
 use is skipped. Weights of bert-base, MiniLM, ALBEF and BLIP load exactly (`convert`).
 """
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -30,8 +32,8 @@ class Embeddings(nn.Module):
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, ids: Tensor, offset: int | Tensor = 0) -> Tensor:
-        """(T, L) int64 -> (T, L, D). offset: position number of the first token, one for all or (T,)."""
+    def forward(self, ids: Tensor, offset: int | Tensor = 0, shift: Tensor | None = None) -> Tensor:
+        """(T, L) int64 -> (T, L, D). offset: position number of the first token, one for all or (T,). shift: (T, L, D), added to the words."""
         length, limit = ids.shape[1], self.position.num_embeddings
         last = length + (offset if isinstance(offset, int) else 0)
         if last > limit:
@@ -41,6 +43,8 @@ class Embeddings(nn.Module):
         positions = torch.arange(length, device=ids.device)
         positions = positions + (offset if isinstance(offset, int) else offset[:, None])
         states = self.word(ids) + self.position(positions)
+        if shift is not None:
+            states = states + shift
         if self.token_type is not None:
             states = states + self.token_type.weight[0]
         result: Tensor = self.dropout(self.norm(states))
@@ -119,15 +123,43 @@ class TextTransformer(nn.Module):
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config, i in self.slots) for i in range(config.layers))
         initialise(self)
+        self._fixed = self._freeze()
+        self.train()
+
+    def _freeze(self) -> list[nn.Module]:
+        """Stop the gradients of what the settings exclude from training: the embeddings, and layers but for their cross-attention."""
+        layers, kept = len(self.layers), self.config.trainable_layers
+        if kept is not None and not 0 <= kept <= layers:
+            raise ConfigError(
+                f"text.trainable_layers={kept}, but there are {layers} layers; use 0 to {layers}, null trains all."
+            )
+        if self.config.frozen:
+            kept = 0
+        if kept is None:
+            return []
+        fixed = [self.embeddings, *self.layers[: layers - kept]]
+        for module in fixed:
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad_(name.startswith(("cross_attention.", "cross_norm.")))
+        return fixed
+
+    def train(self, mode: bool = True) -> Self:
+        """As every module's, but what is not trained stays in evaluation mode: it drops nothing."""
+        super().train(mode)
+        for module in self._fixed:
+            module.eval()
+        return self
 
     @property
     def word_embedding(self) -> Tensor:
         """(V, D), which a `VocabularyHead` shares."""
         return self.embeddings.word.weight
 
-    def embed(self, ids: Tensor, offset: int | Tensor = 0) -> Tensor:
-        """(T, L) int64 -> (T, L, D). offset: position number of the first token, one for all or (T,); with a cache `cache.offset`."""
-        result: Tensor = self.embeddings(ids, offset)
+    def embed(self, ids: Tensor, offset: int | Tensor = 0, shift: Tensor | None = None) -> Tensor:
+        """(T, L) int64 -> (T, L, D). offset: position number of the first token, one for all or (T,); with a cache `cache.offset`. shift: (T, L, D),
+        added to the words' embeddings.
+        """
+        result: Tensor = self.embeddings(ids, offset, shift)
         return result
 
     def new_cache(self, rows: int, max_length: int, first: int = 0, last: int | None = None) -> TextCache:

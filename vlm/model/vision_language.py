@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vlm.config import ModelConfig, TextConfig
 from vlm.errors import CheckpointError, ConfigError
+from vlm.model.answer_head import AnswerHead
 from vlm.model.attention import CrossMemory, CrossMemoryProjection, initialise
 from vlm.model.image_encoder import ImageEncoder
 from vlm.model.lengths import by_length
@@ -110,6 +111,7 @@ class VisionLanguageModel(nn.Module):
         self.matching_head = nn.Linear(text.dim, 2) if "matching" in heads else None
         self.masked_language_head = VocabularyHead(text) if "masked_language" in heads else None
         self.language_head = VocabularyHead(text) if "language" in heads else None
+        self.answer_head = AnswerHead(text.dim, config.answers, text.norm_eps) if "classifier" in heads else None
         for module in (self.image_projection, self.text_pooler, self.text_projection, self.matching_head):
             if module is not None:
                 initialise(module)
@@ -177,15 +179,23 @@ class VisionLanguageModel(nn.Module):
         return states
 
     def decode_states(
-        self, ids: Tensor, memory: CrossMemory, mask: Tensor | None = None, cache: TextCache | None = None
+        self,
+        ids: Tensor,
+        memory: CrossMemory,
+        mask: Tensor | None = None,
+        cache: TextCache | None = None,
+        shift: Tensor | None = None,
     ) -> Tensor:
-        """Causal states (R, L, D) of the decoder's last layer; the language head makes logits of those that are wanted."""
+        """Causal states (R, L, D) of the decoder's last layer; the language head makes logits of those that are wanted.
+
+        shift: (R, L, D), added to the words' embeddings.
+        """
         stack = self.text if self.decoder is None else self.decoder
         if cache is None or cache.length == 0:
             ids = self.with_first_token(ids, "decoder")
         # Rows with prompts of different lengths count their own positions.
         offset = 0 if cache is None else cache.offset
-        states: Tensor = stack(stack.embed(ids, offset), mask, memory, causal=True, cache=cache)
+        states: Tensor = stack(stack.embed(ids, offset, shift), mask, memory, causal=True, cache=cache)
         return states
 
     def decode(
@@ -208,6 +218,11 @@ class VisionLanguageModel(nn.Module):
     def matching_logits(self, states: Tensor) -> Tensor:
         """(T, L, D) fused states to (T, 2) logits; class 1: image and text belong together."""
         logits: Tensor = _present(self.matching_head, "matching")(states[:, 0])
+        return logits
+
+    def answer_logits(self, states: Tensor) -> Tensor:
+        """(T, L, D) fused states of questions to (T, A) logits, one for each answer of the list."""
+        logits: Tensor = _present(self.answer_head, "classifier")(states[:, 0])
         return logits
 
     def new_cache(self, rows: int, max_length: int) -> TextCache:
@@ -240,6 +255,8 @@ def decoder_config(config: ModelConfig) -> TextConfig:
         layers=config.decoder_layers,
         cross_attention=tuple(range(config.decoder_layers)),
         separate_causal_attention=False,
+        frozen=False,
+        trainable_layers=None,
     )
 
 
