@@ -1,4 +1,4 @@
-"""The answer to a question about a photograph: python demos/vqa.py IMG "QUESTION" [--model DIR] [--json] [--device D]"""
+"""The answer to a question about a photograph: python demos/vqa.py IMG "QUESTION" [--model DIR] [--json] [--device D] [--int8]"""
 
 import argparse
 import json
@@ -14,6 +14,7 @@ def main() -> int:
     parser.add_argument("--model", default=str(MODEL), metavar="DIR", help="checkpoint folder (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object: image, question, answer, confidence")
     parser.add_argument("--device", metavar="D", help="cpu or cuda (default: a GPU where there is one)")
+    parser.add_argument("--int8", action="store_true", help="weights of 8 bits, in less memory; needs torchao")
     arguments = parser.parse_args()
     if not arguments.question.strip():
         parser.error("QUESTION is empty")
@@ -21,7 +22,7 @@ def main() -> int:
     from vlm.errors import BadImage, UserError
 
     try:
-        said = load(arguments.model, arguments.device).answer(arguments.image, arguments.question)
+        said = load(arguments.model, arguments.device, arguments.int8).answer(arguments.image, arguments.question)
     except UserError as error:
         print(f"vqa: {error}", file=sys.stderr)
         if arguments.json and isinstance(error, BadImage):

@@ -9,18 +9,40 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEAVES = ("vlm.config", "vlm.config_data", "vlm.config_objectives", "vlm.errors", "vlm.memory")
+LEAVES = (
+    "vlm.config",
+    "vlm.config_data",
+    "vlm.config_finetune",
+    "vlm.config_objectives",
+    "vlm.config_vqa",
+    "vlm.errors",
+    "vlm.memory",
+)
 # A room -> the parts of the library that its files may import beside the leaves, at their top or late, and its packages.
 ROOMS: dict[str, tuple[tuple[str, ...], set[str]]] = {
     "model": (("vlm.model",), {"torch", "timm", "safetensors"}),
     "data": (
         ("vlm.data",),
-        {"torch", "torchvision", "numpy", "PIL", "tokenizers", "webdataset", "braceexpand", "fsspec", "tqdm"},
+        {
+            "torch",
+            "torchvision",
+            "numpy",
+            "PIL",
+            "tokenizers",
+            "webdataset",
+            "braceexpand",
+            "fsspec",
+            "tqdm",
+            "simplejpeg",
+        },
     ),
     "metrics": (("vlm.metrics",), {"numpy"}),
     "objectives": (("vlm.objectives", "vlm.model", "vlm.data.batch"), {"torch"}),
     "tasks": (("vlm.tasks", "vlm.objectives", "vlm.model", "vlm.metrics", "vlm.data"), {"torch", "numpy"}),
-    "train": (("vlm.train", "vlm.tasks.task", "vlm.data.batch"), {"torch", "matplotlib"}),
+    "train": (
+        ("vlm.train", "vlm.tasks.task", "vlm.data.batch"),
+        {"torch", "numpy", "PIL", "matplotlib", "wandb", "trackio"},
+    ),
 }
 LARGEST_FILE = 320
 

@@ -176,7 +176,8 @@ def vqa(place: Place, words: list[str]) -> None:
 
 
 def retrieve(place: Place, words: list[str]) -> None:
-    place.photographs(words[3])
+    place.photographs(words[2])
+    place.patch.setenv("VLM_CACHE", str(place.folder / "cache"))
     if "--model" in words:
         place.model(option(words, "--model"), "pretraining")
     place.script(*words[1:])

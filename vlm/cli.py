@@ -12,7 +12,7 @@ from pathlib import Path
 from vlm.cli_convert import Commands, add_convert
 from vlm.cli_score import add_score
 from vlm.cli_shards import add_shards
-from vlm.errors import UserError
+from vlm.errors import ConfigError, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,6 +80,14 @@ def _add_runs(commands: Commands) -> None:
     evaluate.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="where predictions.json and results.json go"
     )
+    evaluate.add_argument(
+        "--int8", action="store_true", help="with weights of 8 bits, which needs torchao: what it costs in score"
+    )
+    evaluate.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="of answers: fit the temperature of their confidence on this split, and store it in the checkpoint",
+    )
     evaluate.set_defaults(run=_evaluate)
 
 
@@ -92,6 +100,9 @@ def _add_checkpoints(commands: Commands) -> None:
     export.add_argument("--half", action="store_true", help="float16 on the disk")
     export.add_argument(
         "--max-file-mib", type=float, default=5120, metavar="N", help="largest file of weights (default: %(default)g)"
+    )
+    export.add_argument(
+        "--onnx", action="store_true", help="write ONNX graphs of one checkpoint instead, which run without PyTorch"
     )
     export.set_defaults(run=_export)
 
@@ -131,13 +142,21 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from vlm.evaluation import evaluate
     from vlm.settings import load_config
 
-    evaluate(
-        load_config(arguments.config, overrides, "vlm evaluate"), arguments.checkpoint, arguments.split, arguments.out
-    )
+    config = load_config(arguments.config, overrides, "vlm evaluate")
+    quantized = "int8" if arguments.int8 else None
+    evaluate(config, arguments.checkpoint, arguments.split, arguments.out, quantized, arguments.calibrate)
     return 0
 
 
 def _export(arguments: argparse.Namespace, _: list[str]) -> int:
+    if arguments.onnx:
+        from vlm.onnx_export import export_onnx
+
+        if len(arguments.checkpoints) > 1 or arguments.half:
+            raise ConfigError("--onnx takes one checkpoint and no --half; average and halve into a folder first.")
+        graphs = export_onnx(arguments.checkpoints[0], arguments.out)
+        print(f"{arguments.out}: {', '.join(graphs)}")  # noqa: T201
+        return 0
     from vlm.export import export
 
     size = export(arguments.checkpoints, arguments.out, arguments.half, int(arguments.max_file_mib * 2**20))

@@ -1,6 +1,7 @@
 """Checkpoints made ready to hand on: averaged over runs, in half precision, in files of a limited size."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vlm.calibration import CALIBRATED_ON, KEY
 from vlm.checkpoint import ANSWERS, TRAINED_ON, read_answers, read_trained_on
 from vlm.errors import CheckpointError, UserError
 from vlm.model.pretrained import (
@@ -35,6 +37,8 @@ def export(checkpoints: Sequence[Path], out: Path, half: bool = False, shard_byt
         raise UserError(f"{out} exists; give another --out, or remove it.")
     first = checkpoints[0]
     metadata = load_metadata(first)
+    if len(checkpoints) > 1:  # the temperature is of another model
+        metadata.pop(KEY, None)
     for folder in checkpoints:
         load_pretrained(folder)  # refuses what does not fit its own settings
         if (folder / TOKENIZER).read_bytes() != (first / TOKENIZER).read_bytes():
@@ -51,6 +55,8 @@ def export(checkpoints: Sequence[Path], out: Path, half: bool = False, shard_byt
             save_file({"image_ids": torch.cat(known).unique()}, new / TRAINED_ON)
         if answers := read_answers(first):
             (new / ANSWERS).write_text(json.dumps(answers, indent=0) + "\n")
+        if KEY in metadata and (first / CALIBRATED_ON).exists():
+            shutil.copyfile(first / CALIBRATED_ON, new / CALIBRATED_ON)
     return sum(tensor.nbytes for tensor in state.values())
 
 

@@ -1,15 +1,39 @@
 """demos/retrieve.py: the images that fit best, the best first."""
 
 import json
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from vlm.predictor import Predictor
 
 Demo = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where indexes are kept."""
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images each call of the image encoder took."""
+    calls: list[int] = []
+    embed_images = Predictor.embed_images
+
+    def counted(self: Predictor, images: Any, batch_size: int = 16) -> Any:
+        calls.append(len(images))
+        return embed_images(self, images, batch_size)
+
+    monkeypatch.setattr(Predictor, "embed_images", counted)
+    return calls
 
 
 @pytest.fixture
@@ -21,10 +45,10 @@ def test_the_order_is_that_of_the_similarities(demo: Demo, model: Path, pictures
     predictor = Predictor.load(model, "cpu")
     similarity = (predictor.embed_images(pictures) @ predictor.embed_texts(["two dogs"])[0]).tolist()
     expected = sorted(zip(similarity, map(str, pictures), strict=True), reverse=True)
-    done = demo("retrieve", "two dogs", pictures[0].parent, "--model", model)
+    done = demo("retrieve", pictures[0].parent, "two dogs", "--model", model)
     assert (done.status, done.err) == (0, [])
     assert done.out == [f"{value:.3f}\t{path}" for value, path in expected]
-    done = demo("retrieve", "two dogs", *pictures, "--model", model, "--top", "2", "--json", "--device", "cpu")
+    done = demo("retrieve", *pictures, "two dogs", "--model", model, "--top", "2", "--json", "--device", "cpu")
     found = [json.loads(line) for line in done.out]
     assert [line["image"] for line in found] == [path for _, path in expected[:2]]
     assert [line["similarity"] for line in found] == pytest.approx([value for value, _ in expected[:2]], abs=1e-4)
@@ -33,7 +57,7 @@ def test_the_order_is_that_of_the_similarities(demo: Demo, model: Path, pictures
 def test_bad_images_are_named_and_the_others_listed(
     demo: Demo, model: Path, pictures: list[Path], bad_pictures: dict[str, Path]
 ) -> None:
-    done = demo("retrieve", "two dogs", *bad_pictures.values(), pictures[0], "--model", model)
+    done = demo("retrieve", *bad_pictures.values(), pictures[0], "two dogs", "--model", model)
     assert (done.status, len(done.out), len(done.err)) == (1, 1, len(bad_pictures))
     for line, (says, path) in zip(done.err, bad_pictures.items(), strict=True):
         assert line.startswith("retrieve: ")
@@ -41,13 +65,125 @@ def test_bad_images_are_named_and_the_others_listed(
         assert says in line
 
 
-@pytest.mark.parametrize("arguments", [[], ["dogs"], [" ", "a.png"], ["dogs", "a.png", "--top", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["a.png"],
+        ["a.png", " "],
+        ["a.png", "dogs", "--top", "0"],
+        ["a.png", "dogs", "--rerank", "-1"],
+        ["two dogs", str(Path(__file__).parent)],
+    ],
+)
 def test_bad_arguments_exit_2(demo: Demo, arguments: list[str]) -> None:
     done = demo("retrieve", *arguments)
     assert (done.status, done.out) == (2, [])
 
 
 def test_a_model_that_is_not_there(demo: Demo, pictures: list[Path], tmp_path: Path) -> None:
-    done = demo("retrieve", "dogs", pictures[0], "--model", tmp_path / "none")
+    done = demo("retrieve", pictures[0], "dogs", "--model", tmp_path / "none")
     assert (done.status, done.out, len(done.err)) == (1, [], 1)
     assert "no such checkpoint folder" in done.err[0]
+
+
+def test_a_second_search_encodes_nothing(demo: Demo, model: Path, pictures: list[Path], encoded: list[int]) -> None:
+    folder = pictures[0].parent
+    first = demo("retrieve", folder, "two dogs", "--model", model)
+    assert sum(encoded) == 4
+    again = demo("retrieve", folder, "two dogs", "--model", model)
+    assert (sum(encoded), again.out) == (4, first.out)
+    one = demo("retrieve", pictures[2], "a hat", "--model", model)  # of a folder that is known
+    assert (sum(encoded), len(one.out)) == (4, 1)
+    demo("retrieve", folder, "two dogs", "--model", model, "--no-cache")
+    assert sum(encoded) == 8
+
+
+def test_what_is_new_or_changed_is_encoded_and_what_is_gone_forgotten(
+    demo: Demo, model: Path, pictures: list[Path], encoded: list[int], cache: Path
+) -> None:
+    folder = pictures[0].parent
+    demo("retrieve", folder, "two dogs", "--model", model)
+    pictures[0].write_bytes(pictures[1].read_bytes())  # another image
+    os.utime(pictures[1], ns=(1, 1))  # perhaps another
+    pictures[3].rename(folder / "e.png")
+    done = demo("retrieve", folder, "two dogs", "--model", model)
+    assert sum(encoded) == 4 + 3
+    expected = demo("retrieve", folder, "two dogs", "--model", model, "--no-cache")
+    assert (done.status, done.out) == (0, expected.out)
+    assert len(done.out) == 4
+    (file,) = cache.rglob("*.safetensors")
+    assert b"e.png" in (written := file.read_bytes())
+    assert b"d.png" not in written
+
+
+def test_another_model_has_another_index(
+    demo: Demo, model: Path, checkpoint: Callable[..., Path], pictures: list[Path], encoded: list[int], cache: Path
+) -> None:
+    other = checkpoint("pretraining", embed_dim=24)
+    for source in (model, other, model):
+        assert demo("retrieve", *pictures, "two dogs", "--model", source).status == 0
+    assert sum(encoded) == 8
+    assert len(list(cache.rglob("*.safetensors"))) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"not an index", None])
+def test_a_damaged_index_is_made_anew(
+    demo: Demo, model: Path, pictures: list[Path], encoded: list[int], cache: Path, damage: bytes | None
+) -> None:
+    folder = pictures[0].parent
+    first = demo("retrieve", folder, "two dogs", "--model", model)
+    (file,) = cache.rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-8] if damage is None else damage)
+    done = demo("retrieve", folder, "two dogs", "--model", model)
+    assert (done.status, done.out, sum(encoded)) == (0, first.out, 8)
+    assert done.err == [f"retrieve: {file} is damaged; the index of {folder} is made anew."]
+    assert demo("retrieve", folder, "two dogs", "--model", model).err == []
+
+
+def test_an_index_that_cannot_be_written_hinders_nobody(
+    demo: Demo, model: Path, pictures: list[Path], cache: Path
+) -> None:
+    cache.write_text("a file where the folder should be")
+    done = demo("retrieve", *pictures, "two dogs", "--model", model)
+    assert (done.status, len(done.out), len(done.err)) == (0, 4, 1)
+    assert "cannot be written" in done.err[0]
+
+
+def test_an_interrupted_search_keeps_what_it_has(
+    demo: Demo, model: Path, pictures: list[Path], encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlm.image_index import ImageIndex, index_file
+
+    predictor = Predictor.load(model, "cpu")
+    file = index_file(predictor, pictures[0].parent)
+    index = ImageIndex(pictures[0].parent, file, pytest.fail)
+    working = index.update(predictor, [path.name for path in pictures], batch_size=2)
+    assert [next(working), next(working), next(working)] == ["a.png", "b.png", "c.png"]
+    working.close()  # Ctrl-C leaves the loop that reads it
+    assert set(ImageIndex(pictures[0].parent, file, pytest.fail).entries) == {"a.png", "b.png", "c.png", "d.png"}
+    demo("retrieve", *pictures, "two dogs", "--model", model)
+    assert sum(encoded) == 4
+
+
+def test_the_second_look(demo: Demo, model: Path, pictures: list[Path]) -> None:
+    predictor = Predictor.load(model, "cpu")
+    similarity = (predictor.embed_images(pictures) @ predictor.embed_texts(["two dogs"])[0]).tolist()
+    chance = [predictor.match(path, ["two dogs"])[0] for path in pictures]
+    order = sorted(range(4), key=lambda i: -similarity[i])
+    temperature = float(predictor.model.temperature.detach())
+    odds = [similarity[i] / temperature + math.log(chance[i] / (1 - chance[i])) for i in range(4)]
+    for count in (0, 2, 4):
+        expected = sorted(order[:count], key=lambda i: -odds[i]) + order[count:]
+        done = demo("retrieve", *pictures, "two dogs", "--model", model, "--rerank", count, "--json")
+        assert [json.loads(line)["image"] for line in done.out] == [str(pictures[i]) for i in expected]
+
+
+def test_the_best_are_drawn(demo: Demo, model: Path, pictures: list[Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    sheet = tmp_path / "sheet.png"
+    done = demo("retrieve", *pictures, "two dogs", "--model", model, "--top", 2, "--out", sheet)
+    assert (done.status, len(done.out)) == (0, 2)
+    assert done.err == [f"retrieve: wrote {sheet}"]
+    with Image.open(sheet) as drawn:
+        assert drawn.format == "PNG"
