@@ -233,7 +233,7 @@ def draw(out: Path, images: list[Path], captions: list[str]) -> Path:
     answers = {p["question_id"]: p["answer"] for p in read(out / "vqa/evaluation/predictions.json")}
     figure, axes = pyplot.subplots(3, 4, figsize=(16, 12), layout="constrained")
     for axis, name in zip(axes[0], ("pretrain", "captioning", "vqa", "vqa_question_only"), strict=True):
-        train, _ = read_run(out / name)
+        train = read_run(out / name).train
         for loss in loss_names(train):
             axis.plot(*points(train, loss), marker=".", label=loss.removesuffix("/loss"))
         axis.set_title(f"{name}: loss by step")

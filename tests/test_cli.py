@@ -215,7 +215,7 @@ def test_dry_run_shows_and_writes_nothing(run: Run, config: str, scenes: Path, t
     assert yaml.safe_load(err[err.index("task:") : err.index("captioning into")])["data"]["prompt"] == "a picture of"
     for part in (
         "parameters in millions",
-        "images (8, 3, 32, 32) torch.uint8",
+        "images (8, 3, 32, 32) uint8",
         "'a picture of a ",
         "one step: captioning/loss",
         "it took",
@@ -242,7 +242,8 @@ def evaluated(run: Run, trained: Path, task: str, out: Path) -> tuple[list[dict[
         "evaluate", trained / f"{task}.yaml", "--checkpoint", checkpoint, "--split", "val", "--out", out
     )
     assert status == 0, err
-    assert sorted(p.name for p in out.iterdir()) == ["predictions.json", "results.json"]
+    pages = ["answers.html"] if task == "vqa" else []
+    assert sorted(p.name for p in out.iterdir()) == [*pages, "predictions.json", "results.json"]
     return json.loads((out / "predictions.json").read_text()), json.loads((out / "results.json").read_text())
 
 

@@ -7,13 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from vlm.build import build_parts, build_task, check_held_out, load_sets, training_images, training_loader
 from vlm.config import Config
 from vlm.data.batch import Batch
 from vlm.evaluation import start
-from vlm.run import introduce, known_answers
+from vlm.run import build_run, introduce
 from vlm.settings import config_to_yaml
-from vlm.settings_check import check_lengths
 from vlm.train import distributed
 from vlm.train.compiling import Compiled, watch_compiling
 from vlm.train.cost import held, peak_memory
@@ -32,21 +30,13 @@ def dry_run(config: Config) -> None:
 
 
 def _dry_run(config: Config, ranks: Ranks) -> None:
-    sets = load_sets(config.data.splits.train, "data.splits.train", config.data.cache, config.data.order)
-    held_out = [load_sets([folder], "data.splits.val", config.data.cache)[0] for folder in config.data.splits.val]
-    answers = known_answers(config, sets)
-    parts = build_parts(config, sets, answers)
-    check_lengths(parts.config)
-    trained_on = training_images(sets, config.init_from)
-    for shards in held_out:
-        check_held_out(trained_on, shards, config.data.allow_overlap)
-    task = build_task(parts.config, parts, answers, sets)
-    loader = training_loader(config, parts, sets, ranks)
+    built = build_run(config, ranks)
+    parts, loader = built.parts, built.loader
 
     def refuse(name: str, *_: Any) -> Path:
         raise RuntimeError(f"a dry run saves nothing, {name} was asked for")
 
-    trainer = Trainer(task, loader, config, ranks, None, refuse)
+    trainer = Trainer(built.task, loader, config, ranks, None, refuse)
     say(config_to_yaml(parts.config))
     introduce(parts, loader, trainer, ranks)
     batch = next(loader.iterate(0))

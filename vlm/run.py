@@ -1,11 +1,12 @@
 """What `vlm train` does."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vlm.build import (
     Parts,
@@ -69,16 +70,8 @@ def _train(config: Config, ranks: Ranks, resume: bool) -> dict[str, Any]:
         )
     if resuming:
         config = as_begun(config, out)
-    sets = load_sets(config.data.splits.train, "data.splits.train", config.data.cache, config.data.order)
-    held_out = [load_sets([folder], "data.splits.val", config.data.cache)[0] for folder in config.data.splits.val]
-    answers = known_answers(config, sets)
-    parts = build_parts(config, sets, answers)
-    check_lengths(parts.config)
-    trained_on = training_images(sets, config.init_from)
-    for shards in held_out:
-        check_held_out(trained_on, shards, config.data.allow_overlap)
-    task = build_task(parts.config, parts, answers, sets)
-    loader = training_loader(config, parts, sets, ranks)
+    built = build_run(config, ranks)
+    parts, held_out, loader = built.parts, built.held_out, built.loader
     evaluators = {name: evaluation_loader(config, parts, shards, ranks) for name, shards in named(held_out).items()}
     book = SampleBook(parts, named(held_out))
 
@@ -92,9 +85,11 @@ def _train(config: Config, ranks: Ranks, resume: bool) -> dict[str, Any]:
 
     def save(name: str, model: nn.Module, scores: dict[str, Any], state: dict[str, Any] | None) -> Path:
         tokenizer_json = parts.tokenizer.to_json()
-        return write_checkpoint(out / name, parts.config, model, tokenizer_json, scores, trained_on, answers, state)
+        return write_checkpoint(
+            out / name, parts.config, model, tokenizer_json, scores, built.trained_on, built.answers, state
+        )
 
-    trainer = Trainer(task, loader, config, ranks, evaluate if evaluators else None, save)
+    trainer = Trainer(built.task, loader, config, ranks, evaluate if evaluators else None, save)
     torch.manual_seed(config.seed + 1000 * ranks.rank)
     if resuming:
         trainer.load_state(load_state(latest))
@@ -108,6 +103,36 @@ def _train(config: Config, ranks: Ranks, resume: bool) -> dict[str, Any]:
     if ranks.main:
         say(f"done: checkpoints in {out}/latest{f' and {out}/best' if evaluators else ''}, log in {out}/log.jsonl")
     return scores
+
+
+@dataclass(frozen=True)
+class BuiltRun:
+    """What a run trains, and on what. trained_on: the images of this and earlier stages. answers: those that the model can choose from."""
+
+    parts: Parts
+    task: Task
+    loader: Loader
+    held_out: list[ShardSet]
+    trained_on: Tensor | None
+    answers: list[str]
+
+
+def build_run(config: Config, ranks: Ranks) -> BuiltRun:
+    """From settings to model, task and data.
+
+    Raises:
+        UserError: shards are missing, settings do not fit each other, or a held-out image was trained on.
+    """
+    sets = load_sets(config.data.splits.train, "data.splits.train", config.data.cache, config.data.order)
+    held_out = [load_sets([folder], "data.splits.val", config.data.cache)[0] for folder in config.data.splits.val]
+    answers = known_answers(config, sets)
+    parts = build_parts(config, sets, answers)
+    check_lengths(parts.config)
+    trained_on = training_images(sets, config.init_from)
+    for shards in held_out:
+        check_held_out(trained_on, shards, config.data.allow_overlap)
+    task = build_task(parts.config, parts, answers, sets)
+    return BuiltRun(parts, task, training_loader(config, parts, sets, ranks), held_out, trained_on, answers)
 
 
 def introduce(parts: Parts, loader: Loader, trainer: Trainer, ranks: Ranks) -> None:

@@ -73,7 +73,7 @@ def test_every_demo_works_without_a_model_given(demo: Demo, tmp_path: Path) -> N
     assert done.status == 0
     assert json.loads(done.out[0])["caption"]
     assert demo("vqa", IMAGES / "cat.jpg", "Is this a cat?").out[0]
-    found = demo("retrieve", "a cat", IMAGES, "--top", 1)
+    found = demo("retrieve", IMAGES, "a cat", "--top", 1, "--no-cache")
     assert (found.status, len(found.out)) == (0, 1)
     assert demo("contact_sheet", "--out", tmp_path / "sheet.png").status == 0
     assert (tmp_path / "sheet.png").stat().st_size > 100_000

@@ -99,7 +99,7 @@ def test_the_loss_falls_and_the_log_says_everything(make_config: MakeConfig) -> 
     assert scores["scenes"]["images"] == 13
     assert all(line["selects"] == line["scores"]["scenes"]["CIDEr"] for line in evaluations)
     out = Path(config.out)
-    assert sorted(p.name for p in out.iterdir()) == ["best", "config.yaml", "latest", "log.jsonl"]
+    assert sorted(p.name for p in out.iterdir()) == ["best", "config.yaml", "latest", "log.jsonl", "samples"]
     assert (out / "latest" / "training" / "state.pt").exists()
     assert not (out / "best" / "training").exists()
     assert yaml.safe_load((out / "config.yaml").read_text())["optimizer"]["lr"] == 5e-3
