@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlm.data.collate import EncodedSample, EncodedText
+from vlm.data.collate import EncodedSample, EncodedText, SampleEncoder
 from vlm.data.loader import Loader
 from vlm.data.random import keyed_generator
 from vlm.data.records import Record
@@ -16,29 +16,25 @@ from vlm.data.shards import ShardSet, ShardWriter, load_index
 from vlm.errors import BadImage
 
 
-class ToyEncoder:
+class ToyEncoder(SampleEncoder):
     """The image is random by key and epoch, the text one of the captions drawn by key; bytes that do not begin with "img" cannot be decoded."""
 
     pad_id = 0
 
-    def __call__(self, record: Record, epoch: int) -> EncodedSample:
-        if not record.image.startswith(b"img"):
-            raise BadImage(f"{record.source}/{record.key} is not an image.")
-        draw = keyed_generator(7, epoch, record.source, record.key, "toy")
-        image = torch.randint(0, 256, (3, 4, 4), generator=draw, dtype=torch.uint8)
+    def texts(self, record: Record, epoch: int) -> list[EncodedText]:
+        draw = keyed_generator(7, epoch, record.source, record.key, "text")
         texts = [*record.captions, *(q["question"] for q in record.questions)]
         text = texts[int(torch.randint(len(texts), (), generator=draw))]
         ids = [2, *(5 + ord(c) % 90 for c in text), 3]
-        return EncodedSample(
-            record.key,
-            record.image_id,
-            image,
-            [
-                EncodedText(
-                    ids, source={"text": text}, masked_ids=[2, 4, *ids[2:]], masked_at=[1], answers=[([2, 9, 3], 1.0)]
-                )
-            ],
-        )
+        masked, answers = [2, 4, *ids[2:]], [([2, 9, 3], 1.0)]
+        return [EncodedText(ids, source={"text": text}, masked_ids=masked, masked_at=[1], answers=answers)]
+
+    def sample(self, record: Record, epoch: int, texts: list[EncodedText]) -> EncodedSample:
+        if not record.image.startswith(b"img"):
+            raise BadImage(f"{record.source}/{record.key} is not an image.")
+        draw = keyed_generator(7, epoch, record.source, record.key, "image")
+        image = torch.randint(0, 256, (3, 4, 4), generator=draw, dtype=torch.uint8)
+        return EncodedSample(record.key, record.image_id, image, texts)
 
 
 @pytest.fixture

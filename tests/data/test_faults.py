@@ -178,6 +178,7 @@ def test_data_of_another_kind_stops_soon(faulty_set: Callable[..., ShardSet], ma
         list(loader.iterate(0))
 
 
+@pytest.mark.parametrize("method", ["texts", "sample"])
 @pytest.mark.parametrize(
     ("raised", "want"), [(ConfigError("wrong setting"), ConfigError), (ZeroDivisionError(), ZeroDivisionError)]
 )
@@ -186,13 +187,14 @@ def test_mistakes_are_no_bad_samples(
     make_loader: MakeLoader,
     raised: Exception,
     want: type[Exception],
+    method: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def wrong(*_: object) -> None:
         raise raised
 
     loader = make_loader(faulty_set({}))
-    monkeypatch.setattr(type(loader.encode), "__call__", wrong)
+    monkeypatch.setattr(type(loader.encode), method, wrong)
     with pytest.raises(want):
         list(loader.iterate(0))
 

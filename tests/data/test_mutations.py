@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlm.data.collate import EncodedSample, SampleEncoder
+from vlm.data.collate import EncodedSample, EncodedText, SampleEncoder
 from vlm.data.images import decode_image
 from vlm.data.index import ShardInfo, ShardSet, load_index
 from vlm.data.loader import Loader
@@ -45,15 +45,22 @@ SIZES = [
 ]
 
 
-class Decoding:
+class Decoding(SampleEncoder):
     """Decodes the image, small ones only; all else is the toy encoder's."""
 
     def __init__(self, encode: SampleEncoder) -> None:
-        self.encode, self.pad_id = encode, encode.pad_id
+        self.encode = encode
 
-    def __call__(self, record: Record, epoch: int) -> EncodedSample:
+    @property
+    def pad_id(self) -> int:
+        return self.encode.pad_id
+
+    def texts(self, record: Record, epoch: int) -> list[EncodedText]:
+        return self.encode.texts(record, epoch)
+
+    def sample(self, record: Record, epoch: int, texts: list[EncodedText]) -> EncodedSample:
         decode_image(record.image, max_pixels=2**22)
-        return self.encode(replace(record, image=b"img"), epoch)
+        return self.encode.sample(replace(record, image=b"img"), epoch, texts)
 
 
 @pytest.fixture

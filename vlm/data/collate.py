@@ -52,12 +52,20 @@ class SampleEncoder(Protocol):
         """The padding token."""
         ...
 
-    def __call__(self, record: Record, epoch: int) -> EncodedSample:
-        """The sample of a record.
+    def texts(self, record: Record, epoch: int) -> list[EncodedText]:
+        """The texts of the sample.
 
-        Raises UserError (BadImage, ...) for one that cannot be used; ConfigError, and any other exception, stops the work.
+        Raises UserError (BadRecord, ...) for a record that cannot be used; ConfigError, and any other exception, stops the work.
         """
         ...
+
+    def sample(self, record: Record, epoch: int, texts: list[EncodedText]) -> EncodedSample:
+        """The record's image with these texts. Raises as `texts` does (BadImage, ...)."""
+        ...
+
+    def __call__(self, record: Record, epoch: int) -> EncodedSample:
+        """The sample of a record. Raises as `texts` and `sample` do."""
+        return self.sample(record, epoch, self.texts(record, epoch))
 
 
 def silenced(sample: EncodedSample) -> EncodedSample:

@@ -208,7 +208,7 @@ class _Steps(IterableDataset[Any]):
                 mine = worker_places(places, self.order.streams, worker, workers, self.world)
                 if self.ahead:
                     source.look_ahead(mine)
-                slots = [source.slot(p) for p in mine]
+                slots = list(source.slots(mine))
                 yield _pack(slots) if info else slots
         except UserError as error:
             yield error

@@ -1,19 +1,22 @@
 """Reads and encodes the samples of streams, and fills the slots of bad ones."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from vlm.data.collate import EncodedSample, SampleEncoder, silenced
+from vlm.data.collate import EncodedSample, EncodedText, SampleEncoder, silenced
 from vlm.data.order import EpochOrder, Place
-from vlm.data.records import BadRecord, ShardReader
+from vlm.data.records import BadRecord, Record, ShardReader
 from vlm.data.resampled import ResampledOrder
 from vlm.errors import BadImage, ConfigError, UserError
 
 Order = EpochOrder | ResampledOrder
 # Samples tried for a filler where nothing good precedes; more bad ones in a row mean wrong data or settings.
 LOOK_AHEAD = 200
+# Records that are read, and their texts tokenized, before their images are decoded: between two decodings a text was measured to take several times
+# as long as among other texts, probably for what decoding leaves of the processor's caches. More would hold more encoded images at one time.
+TOGETHER = 32
 
 
 @dataclass
@@ -24,6 +27,15 @@ class Slot:
     sample: EncodedSample | None
     cause: str | None = None
     message: str = ""
+
+
+@dataclass
+class _Begun:
+    """A record, which pass over its set it is read in, and its texts: what comes before its image is decoded."""
+
+    record: Record
+    turn: int
+    texts: list[EncodedText]
 
 
 class SampleSource:
@@ -46,14 +58,33 @@ class SampleSource:
                     for shards, shard in self.order.shards_of(stream, block):
                         self.reader.fetch_ahead(shards.locate(shard))
 
-    def slot(self, place: int) -> Slot:
+    def slots(self, places: Sequence[int]) -> Iterator[Slot]:
+        """The slots of these places, in their order."""
+        for first in range(0, len(places), TOGETHER):
+            part = places[first : first + TOGETHER]
+            for place, begun in zip(part, [self._begun(place) for place in part], strict=True):
+                yield self._slot(place, begun)
+
+    def _begun(self, place: int) -> _Begun | UserError:
+        """The record of a place with its texts, or why it cannot be used."""
         j, stream = divmod(place, self.order.streams)
-        record = self.order.place(stream, j)
         try:
-            sample = self._sample(record)
+            return self._read(self.order.place(stream, j))
         except ConfigError:
             raise
         except UserError as error:
+            return error
+
+    def _slot(self, place: int, begun: _Begun | UserError) -> Slot:
+        j, stream = divmod(place, self.order.streams)
+        try:
+            if isinstance(begun, UserError):
+                raise begun
+            sample = self._sample(begun)
+        except ConfigError:
+            raise
+        except UserError as error:
+            record = self.order.place(stream, j)
             if not self.training:
                 return Slot(place, None, _cause(error), _message(record, error))
             if stream not in self._fillers:
@@ -63,9 +94,14 @@ class SampleSource:
             self._fillers[stream] = sample
         return Slot(place, sample)
 
-    def _sample(self, place: Place) -> EncodedSample:
+    def _read(self, place: Place) -> _Begun:
         record = self.reader.read(place.shards.locate(place.shard), place.shards.source, place.number)
-        sample = self.encode(record, place.turn)  # a second pass in one epoch draws anew
+        turn = place.turn  # a second pass in one epoch draws anew
+        return _Begun(record, turn, self.encode.texts(record, turn))
+
+    def _sample(self, begun: _Begun) -> EncodedSample:
+        record = begun.record
+        sample = self.encode.sample(record, begun.turn, begun.texts)
         if not sample.texts:
             raise BadRecord("no text", f"{record.source}/{record.key} has no text of the kind that is asked for.")
         return sample
@@ -81,7 +117,7 @@ class SampleSource:
         causes = Counter([_cause(error)])
         for where in chain(before, islice(chain(after, others), LOOK_AHEAD)):
             try:
-                return self._sample(self.order.place(*where))
+                return self._sample(self._read(self.order.place(*where)))
             except ConfigError:
                 raise
             except UserError as another:

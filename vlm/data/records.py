@@ -20,6 +20,7 @@ from typing import Any
 
 from webdataset.tariterators import base_plus_ext
 
+from vlm.data.headers import Member, plain_members
 from vlm.data.prefetch import Prefetcher
 from vlm.data.remote import RemoteShard, UnreadableShard
 from vlm.errors import UserError
@@ -147,7 +148,7 @@ def scan_shard(path: str | Path | int) -> tuple["array[int]", str | None]:
     with _Headers(path, closefd=not isinstance(path, int)) as file:
         file.seek(0)
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
+            with tarfile.open(fileobj=file, mode="r:", tarinfo=Member) as tar:
                 for member in _members(tar):
                     name = member_key(member.name) if member.isreg() else None
                     if name is not None and name[0] != key:
@@ -196,14 +197,18 @@ def _split_members(data: bytes) -> tuple[str, dict[str, bytes]] | None:
     """The key and the files of the record whose bytes, headers included, these are; nothing is unpacked to a disk."""
     key: str | None = None
     members: dict[str, bytes] = {}
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        for member in _members(tar):
-            name = member_key(member.name) if member.isreg() and not member.issparse() else None
-            if name is not None and key in (None, name[0]):
-                key = name[0]
-                # of two files of one name the first counts, as for webdataset
-                members.setdefault(name[1], data[member.offset_data : member.offset_data + member.size])
+    for file, start, size in plain_members(data) or _regular_files(data):
+        name = member_key(file)
+        if name is not None and key in (None, name[0]):
+            key = name[0]
+            # of two files of one name the first counts, as for webdataset
+            members.setdefault(name[1], data[start : start + size])
     return None if key is None else (key, members)
+
+
+def _regular_files(data: bytes) -> list[tuple[str, int, int]]:
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        return [(m.name, m.offset_data, m.size) for m in _members(tar) if m.isreg() and not m.issparse()]
 
 
 class ShardReader:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from vlm.data.batch import SET_WEIGHT
-from vlm.data.collate import EncodedSample, EncodedText
+from vlm.data.collate import EncodedSample, EncodedText, SampleEncoder
 from vlm.data.hiding import PatchHiding
 from vlm.data.images import EvaluationTransform, TrainingTransform, decode_image, mentions_side
 from vlm.data.jpeg import decode_pixels
@@ -25,7 +25,7 @@ TextsPerImage = Literal["one", "all"]
 
 
 @dataclass(frozen=True)
-class CaptionEncoder:
+class CaptionEncoder(SampleEncoder):
     """A record's captions as texts: in training one drawn by key (or all), in evaluation all (or the first)."""
 
     tokenizer: Tokenizer
@@ -49,10 +49,6 @@ class CaptionEncoder:
         """The padding token."""
         return self.tokenizer.pad_id
 
-    def __call__(self, record: Record, epoch: int) -> EncodedSample:
-        """Raises BadRecord without a caption, BadImage without an image."""
-        return self.sample(record, epoch, self.texts(record, epoch))
-
     def sample(self, record: Record, epoch: int, texts: list[EncodedText]) -> EncodedSample:
         """The record's image with these texts. Raises BadImage without an image."""
         sample = _sample(self, record, epoch, texts)
@@ -62,7 +58,7 @@ class CaptionEncoder:
         return replace(sample, hidden=self.hiding.draw(generator))
 
     def texts(self, record: Record, epoch: int) -> list[EncodedText]:
-        """The texts of the sample."""
+        """The texts of the sample. Raises BadRecord without a caption."""
         captions = [(raw, cleaned) for raw in record.captions if (cleaned := clean_caption(raw))]
         if not captions:
             raise BadRecord("no caption", f"no caption in record {record.source}/{record.key}")
@@ -95,7 +91,7 @@ class CaptionEncoder:
 
 
 @dataclass(frozen=True)
-class QuestionEncoder:
+class QuestionEncoder(SampleEncoder):
     """A record's questions and answers as texts.
 
     encoder_decoder: the question is the text, its distinct answers are the text's answers, in training. prompted: question and answer are one text,
@@ -124,12 +120,12 @@ class QuestionEncoder:
         """The padding token."""
         return self.tokenizer.pad_id
 
-    def __call__(self, record: Record, epoch: int) -> EncodedSample:
-        """Raises BadRecord without a question (in training: with an answer), BadImage without an image."""
-        return _sample(self, record, epoch, self.texts(record, epoch))
+    def sample(self, record: Record, epoch: int, texts: list[EncodedText]) -> EncodedSample:
+        """The record's image with these texts. Raises BadImage without an image."""
+        return _sample(self, record, epoch, texts)
 
     def texts(self, record: Record, epoch: int) -> list[EncodedText]:
-        """The texts of the sample."""
+        """The texts of the sample. Raises BadRecord without a question (in training: with an answer)."""
         questions = [(q, answer_weights(q.get("answers") or [])) for q in record.questions]
         if self.training:
             questions = [(q, weights) for q, weights in questions if weights]
@@ -168,7 +164,7 @@ class QuestionEncoder:
 
 
 @dataclass(frozen=True)
-class JointEncoder:
+class JointEncoder(SampleEncoder):
     """Captions and questions of a record in one sample, for one model that learns both; a record may lack either."""
 
     caption: CaptionEncoder
@@ -179,8 +175,8 @@ class JointEncoder:
         """The padding token."""
         return self.caption.pad_id
 
-    def __call__(self, record: Record, epoch: int) -> EncodedSample:
-        """Raises BadRecord with neither, BadImage without an image."""
+    def texts(self, record: Record, epoch: int) -> list[EncodedText]:
+        """Those of both. Raises BadRecord with neither."""
         texts: list[EncodedText] = []
         failure: BadRecord | None = None
         for encoder in (self.caption, self.question):
@@ -190,6 +186,10 @@ class JointEncoder:
                 failure = error
         if not texts and failure is not None:
             raise failure
+        return texts
+
+    def sample(self, record: Record, epoch: int, texts: list[EncodedText]) -> EncodedSample:
+        """The record's image with these texts. Raises BadImage without an image."""
         return self.caption.sample(record, epoch, texts)
 
 
