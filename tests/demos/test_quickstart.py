@@ -71,7 +71,9 @@ def test_the_whole_way_scaled_down(demo: Demo, tmp_path: Path) -> None:
     assert [title.split(".")[0] for title in titles] == [f"=== {number}" for number in range(1, 9)]
     scores = check_outcome(tmp_path / "run", done.out)
     assert all(0 <= value <= 100 for name, value in scores.items() if name.endswith("%"))
-    assert sum(" samples/s | " in line and " | data wait " in line for line in done.err) >= 4, "each training says how fast it is"
+    assert sum(" samples/s | " in line and " | data wait " in line for line in done.err) >= 4, (
+        "each training says how fast it is"
+    )
     assert {number: signal.getsignal(number) for number in handlers} == handlers
     assert os.getcwd() == folder
     assert not torch.are_deterministic_algorithms_enabled()
