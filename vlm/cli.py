@@ -80,10 +80,11 @@ def _add_runs(commands: Commands) -> None:
     evaluate.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="where predictions.json and results.json go"
     )
-    evaluate.add_argument(
+    ways = evaluate.add_mutually_exclusive_group()  # the temperature is that of the weights as they are
+    ways.add_argument(
         "--int8", action="store_true", help="with weights of 8 bits, which needs torchao: what it costs in score"
     )
-    evaluate.add_argument(
+    ways.add_argument(
         "--calibrate",
         action="store_true",
         help="of answers: fit the temperature of their confidence on this split, and store it in the checkpoint",
