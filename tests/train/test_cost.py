@@ -175,3 +175,16 @@ def test_memory_is_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 2**26 < peak_memory(torch.device("cpu")) < 2**36
     monkeypatch.setattr(cost.sys, "platform", "darwin")  # which counts bytes itself
     assert peak_memory(torch.device("cpu")) < 2**26
+
+
+def test_a_grouped_convolution_s_gradients_cost_two_forward_passes() -> None:
+    """torch's own formula counts them as those of a full convolution, here 8 times too many."""
+    layer = torch.nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+    images = torch.randn(2, 8, 6, 5, requires_grad=True)
+    with Operations() as operations:
+        made = layer(images)
+        forward = operations.count
+        with operations.backward():
+            made.sum().backward()
+    assert forward == 2 * 2 * 8 * 6 * 5 * 9
+    assert operations.count == 3 * forward

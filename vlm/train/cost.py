@@ -80,6 +80,11 @@ class Operations(TorchDispatchMode):
         if formula is not None and not (self._backward and torch.is_grad_enabled()):
             count = formula(*args, **(kwargs or {}), out_val=result)
             name = func._overloadpacket.__name__
+            if name == "convolution_backward" and args[9] > 1:
+                gradient, _, weight = args[
+                    :3
+                ]  # torch takes a grouped convolution for a full one here; each gradient wanted costs a forward pass
+                count = sum(args[10][:2]) * 2 * gradient.numel() // gradient.shape[1] * weight.numel()
             if name.startswith("_scaled_dot_product") and name.endswith("_backward"):
                 count = count * 4 // 5  # of its five matrix products the first one computes the scores again
             self.count += count
