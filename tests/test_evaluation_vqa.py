@@ -160,6 +160,19 @@ def test_the_stored_temperature(model: Path) -> None:
         calibrated_images(model, [1])
 
 
+def test_a_checkpoint_that_cannot_be_written_costs_no_results(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_scenes(tmp_path / "scenes", 8, 16)
+    (model / CALIBRATED_ON / "in the way").mkdir(parents=True)
+    given = ["--checkpoint", str(model), "--split", "val", "--out", str(tmp_path / "out"), "--calibrate"]
+    folders = [f"--data.splits.{name}={tmp_path}/scenes/{name}" for name in ("train", "val")]
+    assert main(["evaluate", CONFIG, *given, *folders, *QUIET]) == 1
+    assert "the temperature cannot be stored" in capsys.readouterr().err
+    assert (tmp_path / "out/results.json").exists()
+    assert "calibration" not in load_metadata(model)
+
+
 def test_the_page_shows_confident_wrong_answers_first_and_runs_nothing(tmp_path: Path) -> None:
     file = io.BytesIO()
     Image.new("RGB", (64, 48), "blue").save(file, "PNG")

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlm.errors import CheckpointError
+from vlm.errors import CheckpointError, UserError
 from vlm.model.pretrained import CONFIG, load_metadata
 from vlm.train.report import replace_text
 
@@ -37,15 +38,20 @@ def store_temperature(folder: Path, temperature: float, image_ids: list[int], fa
     """Writes both files, each whole or not at all. image_ids: what it was fitted on. facts: what else config.json shall say about it.
 
     Raises:
-        UserError: the folder is not writable.
+        UserError: the folder is not writable; the temperature stays as it was.
     """
     ids = torch.tensor(sorted(set(image_ids)), dtype=torch.long)
     new = folder / f".{CALIBRATED_ON}.{os.getpid()}"
     try:
-        save_file({"image_ids": ids}, new)
-        os.replace(new, folder / CALIBRATED_ON)
-    finally:
-        new.unlink(missing_ok=True)
+        try:
+            save_file({"image_ids": ids}, new)
+            os.replace(new, folder / CALIBRATED_ON)
+        finally:
+            new.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{folder}: the temperature cannot be stored ({error}); free space, or copy the checkpoint to a folder that you may write."
+        ) from None
     metadata = load_metadata(folder) | {KEY: {"temperature": temperature, **facts}}
     replace_text(folder / CONFIG, json.dumps(metadata, indent=2) + "\n")
 

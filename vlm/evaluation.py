@@ -130,6 +130,7 @@ def evaluate(
             write_json(out / "results.json", results)
             answers.write_page(out, named(held_out), found, results)
             say(f"wrote {out / 'predictions.json'} ({len(predictions)} predictions) and {out / 'results.json'}")
+            answers.store()
         return scores
     finally:
         distributed.stop()

@@ -33,6 +33,7 @@ class AnswersEvaluation:
         """
         self.task = task if isinstance(task, VqaTask) else None
         self.folder, self.split, self.calibrate = checkpoint, split, calibrate
+        self.fitted: tuple[float, list[int], dict[str, Any]] | None = None  # temperature, images, what else is told
         if calibrate and self.task is None:
             raise ConfigError("--calibrate is of answers to questions; give a config with task=vqa.")
         if calibrate and split == "train":
@@ -47,7 +48,7 @@ class AnswersEvaluation:
     def finish(
         self, records: Mapping[str, list[Record]], scores: dict[str, dict[str, Any]], main: bool
     ) -> dict[str, Any]:
-        """What results.json says about the answers; with `calibrate` the temperature is fitted and stored, and the scores are brought up to date.
+        """What results.json says about the answers; with `calibrate` a temperature is fitted (`store` writes it) and the scores brought up to date.
 
         records, scores: by set. main: whether this rank writes.
         """
@@ -56,16 +57,26 @@ class AnswersEvaluation:
         everything = [record for found in records.values() for record in found]
         images = [record["image_id"] for record in everything]
         if self.calibrate:
-            self._calibrate(everything, sorted(records), main)
+            self._calibrate(everything, sorted(records))
             for name, found in records.items():
                 scores[name] |= self.task.evaluate(found)
-        known = calibrated_images(self.folder, images)
+        known = len(set(self.fitted[1])) if self.fitted else calibrated_images(self.folder, images)
         if known and main:
             say(f"the temperature was fitted on {known} of these {len(set(images))} images: their calibration flatters")
         report = {name: self._report(name, found, main) for name, found in records.items()}
         return {"answers": {"temperature": self.task.temperature, "images_calibrated_on": known, "sets": report}}
 
-    def _calibrate(self, records: Sequence[Record], sets: Sequence[str], main: bool) -> None:
+    def store(self) -> None:
+        """Writes what was fitted into the checkpoint, if anything: after the results, which an unwritable checkpoint must not cost.
+
+        Raises:
+            UserError: the checkpoint cannot be written.
+        """
+        if self.fitted is not None:
+            store_temperature(self.folder, *self.fitted)
+            say(f"stored the temperature in {self.folder}")
+
+    def _calibrate(self, records: Sequence[Record], sets: Sequence[str]) -> None:
         assert self.task is not None
         before = self.task.evaluate(records)
         scored = [r for r in records if r["references"]]
@@ -77,22 +88,20 @@ class AnswersEvaluation:
         for record in records:
             record["confidence"] = calibrated(record["probability"], self.task.temperature)
         after = self.task.evaluate(records)
-        told = (
+        say(
             f"temperature {number(self.task.temperature)} from {len(scored)} answers: mean confidence {number(before['mean_confidence'])} -> "
             f"{number(after['mean_confidence'])} (accuracy {number(after['accuracy'])}), expected calibration error {number(before['ece'])} -> "
             f"{number(after['ece'])}"
         )
-        if main:
-            facts = {
-                "split": self.split,
-                "sets": list(sets),
-                "questions": len(scored),
-                "accuracy": after["accuracy"],
-                "ece_before": before["ece"],
-                "ece": after["ece"],
-            }
-            store_temperature(self.folder, self.task.temperature, [r["image_id"] for r in scored], facts)
-            say(f"{told}; stored in {self.folder}")
+        facts = {
+            "split": self.split,
+            "sets": list(sets),
+            "questions": len(scored),
+            "accuracy": after["accuracy"],
+            "ece_before": before["ece"],
+            "ece": after["ece"],
+        }
+        self.fitted = (self.task.temperature, [r["image_id"] for r in scored], facts)
 
     def _report(self, name: str, records: Sequence[Record], main: bool) -> dict[str, Any]:
         assert self.task is not None
