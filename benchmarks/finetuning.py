@@ -93,7 +93,7 @@ class Stopped(Exception):
 def settle(given: argparse.Namespace) -> None:
     """Remembers what all rows share; UserError where the folder holds a comparison of something else."""
     from vlm.errors import UserError
-    from vlm.evaluation import write_json
+    from vlm.files import write_json
 
     shared = {name: getattr(given, name) for name in ("start", "train", "val", "teacher", "minutes", "steps", "set")}
     made = given.out / "settings.json"
@@ -115,7 +115,7 @@ def rows(given: argparse.Namespace) -> list[tuple[str, int, tuple[str, ...]]]:
 
 def measure_all(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """By row what it came to; those that are finished are read."""
-    from vlm.evaluation import write_json
+    from vlm.files import write_json
     from vlm.train.report import duration
 
     results: dict[str, dict[str, Any]] = {}

@@ -42,7 +42,7 @@ def main() -> int:
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         if "onnx" in given.ways and given.onnx is None:
-            from vlm.onnx_export import export_onnx
+            from vlm.onnx.export import export_onnx
 
             given.onnx = f"{folder}/graphs"
             export_onnx(Path(given.model), Path(given.onnx))
@@ -84,14 +84,14 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(given.threads)
         import vlm.predictor
     else:
-        import vlm.onnx_runner
+        import vlm.onnx.runner
 
     records = list(islice(scan([load_index(given.shards)]), given.images))
     if given.way == "int8":  # a library's size is not the weights'
         import torchao.quantization  # noqa: F401
     before = resident()
     if given.way == "onnx":
-        runner = vlm.onnx_runner.OnnxRunner(given.onnx, given.threads)
+        runner = vlm.onnx.runner.OnnxRunner(given.onnx, given.threads)
 
         def say(image: bytes) -> str:
             return runner.caption([image], given.beams)[0]

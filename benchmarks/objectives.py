@@ -89,7 +89,7 @@ def prepare(out: Path, settings: dict[str, Any]) -> None:
     """
     from vlm.data.synthetic import write_scenes
     from vlm.errors import UserError
-    from vlm.evaluation import write_json
+    from vlm.files import write_json
 
     made = out / "settings.json"
     if made.exists():
@@ -103,7 +103,7 @@ def prepare(out: Path, settings: dict[str, Any]) -> None:
 
 def measure_all(out: Path, encoders: Sequence[str], seeds: int, epochs: float) -> Cells:
     """Every (encoder, seed, set), a seed after the other; those that are finished are read."""
-    from vlm.evaluation import write_json
+    from vlm.files import write_json
     from vlm.train.report import duration
 
     cells: Cells = {}
@@ -298,7 +298,7 @@ def _shown(row: dict[str, Any], sign: str = "") -> str:
 
 def write_report(out: Path, settings: dict[str, Any], encoders: Sequence[str], seeds: int, cells: Cells) -> None:
     """Prints the tables and writes results.json."""
-    from vlm.evaluation import write_json
+    from vlm.files import write_json
 
     summary = summarize(encoders, seeds, cells)
     seconds = {" / ".join(map(str, name)): cell["seconds"] for name, cell in cells.items()}

@@ -153,7 +153,8 @@ def largest_memory() -> float:
 
 def show_cost(shards: int) -> None:
     """Every step of the simulation in a process of its own, on empty files with a true index."""
-    from vlm.data.index import ShardInfo, index_content, write_json
+    from vlm.data.index import ShardInfo, index_content
+    from vlm.files import write_json
 
     print(f"{shards:,} shards x 10,000 records, {RANKS} ranks")
     with tempfile.TemporaryDirectory() as folder:

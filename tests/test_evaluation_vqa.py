@@ -168,7 +168,7 @@ def test_a_checkpoint_that_cannot_be_written_costs_no_results(
     given = ["--checkpoint", str(model), "--split", "val", "--out", str(tmp_path / "out"), "--calibrate"]
     folders = [f"--data.splits.{name}={tmp_path}/scenes/{name}" for name in ("train", "val")]
     assert main(["evaluate", CONFIG, *given, *folders, *QUIET]) == 1
-    assert "the temperature cannot be stored" in capsys.readouterr().err
+    assert "cannot be written" in capsys.readouterr().err
     assert (tmp_path / "out/results.json").exists()
     assert "calibration" not in load_metadata(model)
 

@@ -19,8 +19,8 @@ from vlm.errors import CheckpointError, UserError
 from vlm.model.beam_search import beam_search
 from vlm.model.generation import Rules
 from vlm.model.vision_language import VisionLanguageModel
-from vlm.onnx_export import _Decoder, _Image, export_onnx
-from vlm.onnx_search import search
+from vlm.onnx.export import _Decoder, _Image, export_onnx
+from vlm.onnx.search import search
 from vlm.predictor import Predictor
 
 MakeModel = Callable[..., VisionLanguageModel]
@@ -105,7 +105,7 @@ def pictures() -> list[Image.Image]:
 
 def test_graphs_say_what_the_model_says(exported: tuple[Path, Path], pictures: list[Image.Image]) -> None:
     pytest.importorskip("onnxruntime")
-    from vlm.onnx_runner import OnnxRunner
+    from vlm.onnx.runner import OnnxRunner
 
     source, out = exported
     predictor, runner = Predictor.load(source, "cpu"), OnnxRunner(out, threads=1)
@@ -124,7 +124,7 @@ def test_it_runs_without_pytorch(exported: tuple[Path, Path], tmp_path: Path, pi
     pytest.importorskip("onnxruntime")
     pictures[0].save(tmp_path / "a.png")
     code = (
-        "import sys; sys.modules['torch'] = None; from vlm.onnx_runner import OnnxRunner; "
+        "import sys; sys.modules['torch'] = None; from vlm.onnx.runner import OnnxRunner; "
         f"print(OnnxRunner({str(exported[1])!r}).caption([{str(tmp_path / 'a.png')!r}])[0])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -151,7 +151,7 @@ def test_what_cannot_be_exported_or_run(
 ) -> None:
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    from vlm.onnx_runner import OnnxRunner
+    from vlm.onnx.runner import OnnxRunner
 
     asks = checkpoint("vqa", decoder="separate", decoder_reads="question")
     with pytest.raises(CheckpointError, match="its decoder reads the question"):
@@ -165,7 +165,7 @@ def test_what_cannot_be_exported_or_run(
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    from vlm.onnx_runner import OnnxRunner
+    from vlm.onnx.runner import OnnxRunner
 
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=r"pip install 'vlm-fusion\[onnx\]'"):

@@ -1,7 +1,5 @@
 """Right and wrong answers with their pictures: one HTML file, with everything in it, that needs no program to sort or filter."""
 
-import base64
-import io
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,22 +7,18 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from vlm.data.images import decode_image
 from vlm.data.index import ShardSet
-from vlm.data.records import BadRecord
+from vlm.data.page import NO_PICTURE, picture, short, write_page
 from vlm.data.scan import scan
-from vlm.errors import BadImage
 from vlm.metrics.vqa import accuracy
 from vlm.tasks.task import Record
 from vlm.tasks.vqa_task import by_type, type_of
-from vlm.train.report import replace_text
 
 THUMBNAIL = 200
 SHOWN = {"wrong": 240, "partly": 60, "right": 100}
 """Most answers on the page by how right they are: no annotator agrees, some do, all that are needed do."""
 LARGEST = 8 * 2**20
 """Most bytes of pictures."""
-LONGEST = 300  # letters of a text
 TYPES = 40
 """Most question types that can be chosen."""
 
@@ -91,9 +85,7 @@ def write_answers_page(
     ]
     rules = [f"#t{i}:checked~main figure:not(.t{i}){{display:none}}" for i in range(1, len(kinds) + 1)]
     rules += [f"#k-{kind}:checked~main figure:not(.{kind}){{display:none}}" for kind in SHOWN]
-    head = f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>Answers</title>\n<style>{_STYLE}{''.join(rules)}</style>\n"
-    text = head + "\n".join(sections) + "</html>\n"
-    replace_text(path, text.encode("utf-8", "replace").decode())  # half characters are in no page
+    write_page(path, "Answers", _STYLE + "".join(rules), "\n".join(sections))
 
 
 def _types(examples: Sequence[Example]) -> dict[str, int]:
@@ -115,7 +107,7 @@ def _filters(kinds: Mapping[str, int], examples: Sequence[Example]) -> Iterator[
     """Buttons that the style sheet reads: which types, and how right."""
     yield "<input type=radio name=type id=t0 checked><label for=t0>all types</label>"
     for kind, i in kinds.items():
-        yield f"<input type=radio name=type id=t{i}><label for=t{i}>{escape(_short(kind))}</label>"
+        yield f"<input type=radio name=type id=t{i}><label for=t{i}>{short(kind)}</label>"
     yield "<br><input type=radio name=kind id=k-all checked><label for=k-all>all</label>"
     for kind in SHOWN:
         count = sum(example.kind == kind for example in examples)
@@ -133,13 +125,13 @@ def _scores(name: str, scores: Mapping[str, Any], intervals: Mapping[str, Sequen
 
 def _table(found: Mapping[str, Mapping[str, Any]]) -> str:
     rows = "".join(
-        f"<tr><td>{escape(_short(name))}<td>{row['accuracy']:.2f}<td>{row['interval'][0]:.2f} to {row['interval'][1]:.2f}<td>{row['questions']}"
+        f"<tr><td>{short(name)}<td>{row['accuracy']:.2f}<td>{row['interval'][0]:.2f} to {row['interval'][1]:.2f}<td>{row['questions']}"
         for name, row in sorted(found.items(), key=lambda item: (-item[1]["questions"], item[0]))
     )
     return f"<table><tr><th>type<th>accuracy<th>95 % interval<th>questions{rows}</table>"
 
 
-def _figure(example: Example, picture: str, kinds: Mapping[str, int]) -> str:
+def _figure(example: Example, shown: str, kinds: Mapping[str, int]) -> str:
     record = example.record
     own = [kinds[kind] for kind in (type_of(record, "answer_type") or "", _beginning(example)) if kind in kinds]
     names = " ".join([example.kind, *(f"t{i}" for i in own)])
@@ -147,53 +139,35 @@ def _figure(example: Example, picture: str, kinds: Mapping[str, int]) -> str:
     for answer in record["references"]:
         given[answer] += 1
     people = ", ".join(f"{a} x {n}" if n > 1 else a for a, n in sorted(given.items(), key=lambda item: -item[1]))
-    shown = f'<img alt="" loading=lazy src="data:image/jpeg;base64,{picture}">' if picture else "<i>no picture</i>"
     return (
-        f'<figure class="{names}">{shown}<p>{escape(_short(record["question"]))}</p><b>{escape(_short(record["answer"]))}</b> '
-        f"{100 * record['confidence']:.0f} %<small>{escape(_short(people))}</small>"
-        f"<small>{escape(_short(str(record['question_id'])))}: {100 * example.accuracy:.0f}</small></figure>\n"
+        f'<figure class="{names}">{shown}<p>{short(record["question"])}</p><b>{short(record["answer"])}</b> '
+        f"{100 * record['confidence']:.0f} %<small>{short(people)}</small>"
+        f"<small>{short(str(record['question_id']))}: {100 * example.accuracy:.0f}</small></figure>\n"
     )
 
 
 def _pictures(sets: Mapping[str, ShardSet], examples: Sequence[Example]) -> list[str]:
-    """Of each example a small JPEG as base64; empty where there is none, and once they are too many bytes."""
+    """The tag of each example's picture; words where there is none, and once they are too many bytes."""
     wanted = {(e.source, e.record["key"]) for e in examples}
     found: dict[tuple[str, str], str] = {}
     for name, shards in sets.items():
         left = {key for source, key in wanted if source == name}
         for record in scan([shards]) if left else ():
             if record.key in left:
-                found[name, record.key] = _thumbnail(record.image)
+                found[name, record.key] = picture(record.image, THUMBNAIL)
                 left.remove(record.key)
                 if not left:
                     break
     room, shown = LARGEST, []
     for example in examples:
-        picture = found.get((example.source, example.record["key"]), "")
-        room -= len(picture)
-        shown.append(picture if room >= 0 else "")
+        tag = found.get((example.source, example.record["key"]), NO_PICTURE)
+        room -= len(tag)
+        shown.append(tag if room >= 0 else NO_PICTURE)
     return shown
 
 
-def _thumbnail(data: bytes) -> str:
-    """Empty for one that cannot be shown."""
-    try:
-        image = decode_image(data, at_least=THUMBNAIL)
-    except (BadImage, BadRecord):
-        return ""
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=70)
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
-
-
 _STYLE = (
-    "body{font:15px/1.4 system-ui,sans-serif;margin:2em}main{display:flex;flex-wrap:wrap;gap:1em;margin-top:1em}"
-    "figure{margin:0;padding:.6em;border:1px solid #ccc;border-left:6px solid;border-radius:4px;width:13.4em;overflow-wrap:anywhere}"
+    "main{display:flex;flex-wrap:wrap;gap:1em;margin-top:1em}figure{border-left-width:6px;width:13.4em}"
     ".wrong{border-left-color:#c33}.partly{border-left-color:#c93}.right{border-left-color:#393}p{margin:.4em 0}"
-    "small{display:block;color:#666}td,th{text-align:left;padding:0 1em 0 0}label{margin-right:.8em}summary{cursor:pointer}"
+    "small{display:block}td,th{text-align:left;padding:0 1em 0 0}label{margin-right:.8em}summary{cursor:pointer}"
 )

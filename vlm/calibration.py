@@ -2,18 +2,16 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from vlm.errors import CheckpointError, UserError
+from vlm.errors import CheckpointError
+from vlm.files import replace_text, replacing
 from vlm.model.pretrained import CONFIG, load_metadata
-from vlm.train.report import replace_text
 
 KEY = "calibration"
 CALIBRATED_ON = "calibrated_on.safetensors"
@@ -41,18 +39,9 @@ def store_temperature(folder: Path, temperature: float, image_ids: list[int], fa
         UserError: the folder is not writable; the temperature stays as it was.
     """
     ids = torch.tensor(sorted(set(image_ids)), dtype=torch.long)
-    new = folder / f".{CALIBRATED_ON}.{os.getpid()}"
-    try:
-        try:
-            save_file({"image_ids": ids}, new)
-            os.replace(new, folder / CALIBRATED_ON)
-        finally:
-            new.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{folder}: the temperature cannot be stored ({error}); free space, or copy the checkpoint to a folder that you may write."
-        ) from None
     metadata = load_metadata(folder) | {KEY: {"temperature": temperature, **facts}}
+    with replacing(folder / CALIBRATED_ON) as new:
+        new.write_bytes(save({"image_ids": ids}))
     replace_text(folder / CONFIG, json.dumps(metadata, indent=2) + "\n")
 
 

@@ -1,7 +1,6 @@
 """What `vlm evaluate` does, and a run's evaluations while it trains: predictions, scores, intervals, baselines, and where they come from."""
 
 import dataclasses
-import json
 import platform
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from vlm.data.index import ShardSet
 from vlm.data.loader import Loader
 from vlm.data.text import Tokenizer
 from vlm.evaluation_vqa import AnswersEvaluation, counting_baselines
+from vlm.files import write_json
 from vlm.hub import local_folder
 from vlm.memory import keep_freed_memory
 from vlm.model.pretrained import load_pretrained
@@ -28,7 +28,7 @@ from vlm.tasks.task import Record, Task
 from vlm.train import distributed
 from vlm.train.distributed import Ranks
 from vlm.train.precision import autocast
-from vlm.train.report import number, replace_text, say
+from vlm.train.report import number, say
 
 PACKAGES = ("torch", "torchvision", "timm", "tokenizers", "webdataset", "pillow")
 
@@ -152,11 +152,6 @@ def provenance(config: Config) -> dict[str, Any]:
     except (OSError, subprocess.CalledProcessError):
         commit = None
     return {"config": dataclasses.asdict(config), "commit": commit, "versions": versions}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def named(sets: Sequence[ShardSet]) -> dict[str, ShardSet]:

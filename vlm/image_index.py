@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from vlm.data.images import decode_image
-from vlm.errors import BadImage
+from vlm.errors import BadImage, UserError
+from vlm.files import replacing
 from vlm.hub import cache_folder
 from vlm.predictor import Predictor
 
@@ -82,20 +83,15 @@ class ImageIndex:
         """Whole or not at all."""
         if self.file is None:
             return
-        new = self.file.with_name(f".{self.file.name}.{os.getpid()}")
         stamps = torch.tensor([stamp for stamp, _ in self.entries.values()], dtype=torch.long).reshape(-1, 2)
         tensors = {"stamps": stamps}
         if self.entries:
             tensors["embeddings"] = torch.stack([embedding for _, embedding in self.entries.values()])
         try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                save_file(tensors, new, {"names": json.dumps(list(self.entries)), "version": _VERSION})
-                os.replace(new, self.file)
-            finally:
-                new.unlink(missing_ok=True)
-        except (OSError, SafetensorError) as error:
-            self.say(f"{self.file} cannot be written ({error}); the next search encodes these images again.")
+            with replacing(self.file) as new:
+                new.write_bytes(save(tensors, {"names": json.dumps(list(self.entries)), "version": _VERSION}))
+        except UserError as error:
+            self.say(f"{error} The next search encodes these images again.")
             self.file = None
 
 

@@ -25,6 +25,7 @@ from vlm.data.index import ShardSet
 from vlm.data.loader import Loader
 from vlm.errors import ConfigError
 from vlm.evaluation import evaluate_loader, named, start
+from vlm.files import replace_text
 from vlm.hub import local_folder
 from vlm.model.pretrained import restore_folder
 from vlm.order_settings import as_begun
@@ -34,7 +35,7 @@ from vlm.settings_check import check_lengths
 from vlm.tasks.task import Task
 from vlm.train import distributed
 from vlm.train.distributed import Ranks
-from vlm.train.report import replace_text, say
+from vlm.train.report import say
 from vlm.train.state import load_state
 from vlm.train.trackers import check_trackers
 from vlm.train.trainer import Trainer

@@ -14,6 +14,7 @@ from vlm.data.collate import EncodedSample, collate
 from vlm.data.encoders import sample_encoder
 from vlm.data.images import decode_image
 from vlm.data.index import ShardSet
+from vlm.data.page import thumbnail
 from vlm.data.records import BadRecord, ShardReader
 from vlm.data.samples import CaptionEncoder
 from vlm.data.walk import place_of, read_at
@@ -23,7 +24,7 @@ from vlm.tasks.captioning import CaptioningTask
 from vlm.tasks.pretraining import Pretraining
 from vlm.tasks.reranking import join_texts, rerank
 from vlm.tasks.task import Record, Task
-from vlm.train.samples import SIDE, Said, Sample, thumbnail, write_page
+from vlm.train.samples import SIDE, Said, Sample, write_samples
 from vlm.train.trackers import RunLog
 
 POOL = 64  # records whose texts a pretrained model chooses from
@@ -64,7 +65,7 @@ class SampleBook:
         if log is not None:
             config = self.parts.config
             path = Path(config.out) / "samples" / f"step-{step:06d}.html"
-            write_page(path, f"{config.out}, step {step:,}", samples)
+            write_samples(path, f"{config.out}, step {step:,}", samples)
             log.pictures(step, samples)
 
     def _choose(self, shards: ShardSet) -> Chosen | None:
@@ -86,7 +87,7 @@ class SampleBook:
                         raise record
                     if number in wanted:
                         encoded.append(encode(record, 0))
-                        pictures.append((record.key, thumbnail(decode_image(record.image, at_least=SIDE))))
+                        pictures.append((record.key, thumbnail(decode_image(record.image, at_least=SIDE), SIDE)))
                     if isinstance(encode, CaptionEncoder):
                         pool += [(text.ids, text.prompt, text.source["caption"]) for text in encode.texts(record, 0)]
                 except UserError:  # the evaluation counts and names it

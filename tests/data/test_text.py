@@ -94,8 +94,8 @@ def test_saving_replaces_atomically(tokenizer: Tokenizer, tmp_path: Path, monkey
     def fail(*args: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("vlm.data.text.os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr("vlm.files.os.replace", fail)
+    with pytest.raises(UserError, match="disk full"):
         tokenizer.save(path)
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]

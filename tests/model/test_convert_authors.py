@@ -28,7 +28,7 @@ from vlm.build import build_parts, build_task
 from vlm.cli import main
 from vlm.config import Config, ModelConfig, ObjectivesConfig
 from vlm.convert import convert_blip, convert_to_blip
-from vlm.convert_authors import ALBEF, BLIP, convert_original
+from vlm.convert.authors import ALBEF, BLIP, convert_original
 from vlm.data.shards import ShardSet
 from vlm.data.text import train_wordpiece
 from vlm.model.pretrained import load_metadata

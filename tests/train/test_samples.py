@@ -9,7 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from vlm.train.samples import SIDE, Said, Sample, labelled, open_picture, thumbnail, write_page
+from vlm.data.page import thumbnail
+from vlm.train.samples import SIDE, Said, Sample, labelled, open_picture, write_samples
 
 NASTY = '<script>alert("x")</script> & \udce9 "quoted"'
 
@@ -30,14 +31,14 @@ class Reader(HTMLParser):
 
 
 def sample(width: int = 600, height: int = 300) -> Sample:
-    picture = thumbnail(Image.new("RGB", (width, height), "green"))
+    picture = thumbnail(Image.new("RGB", (width, height), "green"), SIDE)
     said = (Said("is it <b>?", "no", "50%; people: yes x 3", False), Said("caption", NASTY), Said("x", "y", right=True))
     return Sample(picture, NASTY, said, (NASTY, "w" * 400))
 
 
 def test_the_page_shows_everything_and_runs_nothing(tmp_path: Path) -> None:
     path = tmp_path / "deep/step-000001.html"
-    write_page(path, "run <1>, step 1", {"set & <co>": [sample(), sample()]})
+    write_samples(path, "run <1>, step 1", {"set & <co>": [sample(), sample()]})
     text = path.read_text(encoding="utf-8")
     reader = Reader()
     reader.feed(text)

@@ -11,16 +11,17 @@ import pytest
 from PIL import Image
 
 from vlm.config import Config
+from vlm.data.page import thumbnail
 from vlm.errors import ConfigError
 from vlm.run import train
 from vlm.train import trackers
 from vlm.train.report import read_json_lines
-from vlm.train.samples import Said, Sample, thumbnail
+from vlm.train.samples import Said, Sample
 from vlm.train.trackers import RunLog, check_trackers, flat
 
 SAMPLES = {
     "scenes": [
-        Sample(thumbnail(Image.new("RGB", (40, 20), "red")), f"k{i}", (Said("caption", "a <red> thing"),))
+        Sample(thumbnail(Image.new("RGB", (40, 20), "red"), 40), f"k{i}", (Said("caption", "a <red> thing"),))
         for i in (0, 1)
     ]
 }

@@ -339,7 +339,7 @@ def test_term_saves_and_leaves_with_3_and_resume_ends_the_run(
     values = nested({"train.epochs": 10, "train.save_every": 1000, "data.splits.val": [], "data.workers": 1})
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     out = Path(values["out"])
-    command = [sys.executable, "-m", "vlm.cli", "train", str(tmp_path / "config.yaml"), "--optimizer.lr", "1e-3"]
+    command = [sys.executable, "-m", "vlm", "train", str(tmp_path / "config.yaml"), "--optimizer.lr", "1e-3"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         deadline = time.monotonic() + 120

@@ -1,23 +1,18 @@
 """What a filter dropped: counts by cause with examples, and a page that shows them."""
 
-import base64
-import io
-import os
 import random
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from vlm.data.images import decode_image
 from vlm.data.index import ShardSet
+from vlm.data.page import picture, short, write_page
 from vlm.data.records import BadRecord, ShardReader
 from vlm.data.walk import place_of, read_at
-from vlm.errors import BadImage
 
 EXAMPLES = 40  # of a cause
 THUMBNAIL = 160
-LONGEST = 300  # letters of a caption or note on the page
 WITH_ITS_RECORD = "with its record"
 
 
@@ -85,7 +80,7 @@ class Report:
         return "\n  ".join(lines)
 
 
-def write_page(path: Path, shards: ShardSet, report: Report) -> None:
+def write_dropped(path: Path, shards: ShardSet, report: Report) -> None:
     """One HTML file with everything in it: the counts, and the examples of each cause as small pictures with their captions."""
     reader = ShardReader()
     try:
@@ -94,17 +89,8 @@ def write_page(path: Path, shards: ShardSet, report: Report) -> None:
         reader.close()
     settings = ", ".join(f"{name.replace('_', '-')} {_told(value)}" for name, value in report.settings.items())
     head = f"{report.records_kept:,} of {report.records:,} records and {report.captions_kept:,} of {report.captions:,} captions kept"
-    text = (
-        f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>Dropped from {escape(report.source)}</title>\n<style>{_STYLE}</style>\n"
-        f"<h1>Dropped from {escape(report.folder)}</h1>\n<p>{head}. Settings: {escape(settings) or 'none'}.</p>\n"
-    )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        # a file name that is not UTF-8 has half characters in it, which no page can hold
-        temporary.write_bytes((text + "\n".join(sections) + "</html>\n").encode("utf-8", "replace"))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    title = f"<h1>Dropped from {escape(report.folder)}</h1>\n<p>{head}. Settings: {escape(settings) or 'none'}.</p>\n"
+    write_page(path, f"Dropped from {report.source}", _STYLE, title + "\n".join(sections))
 
 
 def _section(cause: str, report: Report, shards: ShardSet, reader: ShardReader) -> str:
@@ -119,46 +105,30 @@ def _section(cause: str, report: Report, shards: ShardSet, reader: ShardReader) 
 def _figure(example: Dropped, shards: ShardSet, reader: ShardReader) -> str:
     place = place_of(shards, example.number)
     record = read_at(reader, shards, place)
-    lines = [f"<p>{escape(_short(text))}</p>" for text in example.captions]
+    lines = [f"<p>{short(text)}</p>" for text in example.captions]
     if example.note:
-        lines.append(f"<small>{escape(_short(example.note))}</small>")
+        lines.append(f"<small>{short(example.note)}</small>")
     if isinstance(record, BadRecord):
         return f"<figure>{''.join(lines)}<small>{escape(str(place))}</small></figure>"
-    pictures = _thumbnail(record.image)
+    pictures = picture(record.image, THUMBNAIL)
     if example.repeats is not None:
         other = read_at(reader, shards, place_of(shards, example.repeats))
         if not isinstance(other, BadRecord):
-            pictures += _thumbnail(other.image)
-            lines.append(f"<small>repeats {escape(_short(other.key))} (right)</small>")
-    name = f"<small title='{escape(str(place))}'>{escape(_short(record.key))}</small>"
+            pictures += picture(other.image, THUMBNAIL)
+            lines.append(f"<small>repeats {short(other.key)} (right)</small>")
+    name = f"<small title='{escape(str(place))}'>{short(record.key)}</small>"
     return f"<figure>{pictures}{''.join(lines)}{name}</figure>"
-
-
-def _thumbnail(data: bytes) -> str:
-    try:
-        image = decode_image(data, at_least=THUMBNAIL)
-    except BadImage:
-        return "<i>no picture</i>"
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=75)
-    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
 def _told(value: Any) -> str:
     if isinstance(value, dict):
         return " ".join(f"{name}: {_told(one)}" for name, one in value.items())
     if isinstance(value, list):
-        return _short("; ".join(map(str, value)))
+        return "; ".join(map(str, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
-
-
 _STYLE = (
-    "body{font:15px/1.4 system-ui,sans-serif;margin:2em;max-width:90em}h2{margin-top:2em}div{display:flex;flex-wrap:wrap;gap:1em}"
-    "figure{margin:0;padding:.6em;border:1px solid #ccc;border-radius:4px;max-width:22em;overflow-wrap:anywhere}p{margin:.3em 0}"
-    "img{margin-right:.4em;vertical-align:top}small{display:block;color:#666}"
+    "body{max-width:90em}h2{margin-top:2em}div{display:flex;flex-wrap:wrap;gap:1em}figure{max-width:22em}p{margin:.3em 0}"
+    "img{margin-right:.4em;vertical-align:top}small{display:block}"
 )

@@ -5,15 +5,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm.data.dropped import Dropped, Report, write_page
+from vlm.data.dropped import Dropped, Report, write_dropped
 from vlm.data.images import decode_image, read_header
-from vlm.data.index import ShardSet, write_json
+from vlm.data.index import ShardSet
 from vlm.data.info import words
 from vlm.data.perceptual_hash import NearDuplicates, perceptual_hash
 from vlm.data.records import BadRecord, Record
 from vlm.data.text import clean_caption
 from vlm.data.walk import UNDECODABLE, copy, progress, rewriting, walk
 from vlm.errors import BadImage, ConfigError, UserError
+from vlm.files import write_json
 
 HASHED_SIDE = 64  # a JPEG is decoded no larger than its hash needs
 Scores = list[float] | None
@@ -117,7 +118,7 @@ def filter_shards(
                 copy(writer, record, captions)
         if not report.records_kept:
             raise UserError(f"nothing would be left of {shards.root}, so nothing was written: {report}")
-    write_page(out / "dropped.html", shards, report)
+    write_dropped(out / "dropped.html", shards, report)
     write_json(out / "report.json", report.as_json())
     return report
 

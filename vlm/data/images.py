@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from vlm.errors import BadImage
 
-if TYPE_CHECKING:  # decoding works without PyTorch: `vlm.onnx_runner` does
+if TYPE_CHECKING:  # decoding works without PyTorch: `vlm.onnx.runner` does
     from torch import Tensor
 
 MAX_PIXELS = 178_956_970

@@ -6,7 +6,6 @@ have to be downloaded), but the public cc3m and cc12m shards' `_info.json` serve
 
 import json
 import logging
-import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from vlm.data.records import Location, scan_shard
 from vlm.data.remote import RemoteShard, is_remote, limit, read_small
 from vlm.data.transport import Interrupted, Refused
 from vlm.errors import ConfigError, UserError
+from vlm.files import write_json
 
 log = logging.getLogger(__name__)
 REPLACING = "index.replacing"  # marks a folder whose shards are being replaced
@@ -128,10 +128,8 @@ def write_index(folder: str | Path, source: str | None = None) -> ShardSet:
     found = _index_folder(folder, sorted(p.name for p in folder.glob("*.tar")), source)
     try:
         write_json(folder / "index.json", index_content(found.source, found.shards))
-    except OSError as error:
-        log.warning(
-            "%s/index.json cannot be written (%s): the shards will be counted again next time", folder, error.strerror
-        )
+    except UserError as error:
+        log.warning("%s The shards will be counted again next time.", error)
     return found
 
 
@@ -289,12 +287,3 @@ def _fitting(shards: ShardSet) -> ShardSet:
             "give the cache room for at least one shard a stream (data.streams)."
         )
     return shards
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

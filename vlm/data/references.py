@@ -4,7 +4,6 @@ SPLIT_references.json is COCO's caption annotation form; SPLIT_questions.json an
 """
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vlm.errors import UserError
+from vlm.files import replace_text
 
 OFFICIAL_ANSWERS = 10
 
@@ -118,14 +118,8 @@ def _annotation(image_id: int | str, question: Mapping[str, Any]) -> dict[str, A
 
 
 def _replace(path: Path, content: dict[str, Any] | None) -> None:
-    """Write JSON atomically, or remove the file where there is nothing to say."""
+    """Writes JSON, or removes the file where there is nothing to say."""
     if content is None:
         path.unlink(missing_ok=True)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    else:
+        replace_text(path, json.dumps(content, ensure_ascii=False))

@@ -10,9 +10,10 @@ from typing import IO, Any, Self
 
 import webdataset
 
-from vlm.data.index import REPLACING, ShardInfo, ShardSet, index_content, load_index, write_index, write_json
+from vlm.data.index import REPLACING, ShardInfo, ShardSet, index_content, load_index, write_index
 from vlm.data.records import IMAGE_EXTENSIONS, BadRecord, Record, ShardReader, image_hash
 from vlm.errors import UserError
+from vlm.files import write_json
 
 __all__ = [
     "BadRecord",

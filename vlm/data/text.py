@@ -17,8 +17,9 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from vlm.errors import UserError
+from vlm.files import replace_text
 
-if TYPE_CHECKING:  # what reads and writes words works without PyTorch: `vlm.onnx_runner` does
+if TYPE_CHECKING:  # what reads and writes words works without PyTorch: `vlm.onnx.runner` does
     import torch
 
 _ROLES = {
@@ -86,15 +87,14 @@ class Tokenizer:
             raise UserError(f"{path}: not a tokenizer ({str(error)[:200]}); expected a tokenizer.json.") from error
 
     def save(self, path: str | Path) -> None:
-        """Write a tokenizer.json that Hugging Face's libraries read too; into `path/tokenizer.json` where `path` is a folder."""
+        """Write a tokenizer.json that Hugging Face's libraries read too; into `path/tokenizer.json` where `path` is a folder.
+
+        Raises:
+            UserError: it cannot be written; what was there stays.
+        """
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(self.to_json(), encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_text(path, self.to_json())
 
     def to_json(self) -> str:
         """What `save` writes."""

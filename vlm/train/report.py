@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm.errors import UserError
+from vlm.files import replace_text, unwritable
 
 
 def say(text: str) -> None:
@@ -55,29 +55,7 @@ class JsonLines:
             with self.path.open("a") as file:
                 file.write(json.dumps(values) + "\n")
         except OSError as error:
-            raise _unwritable(self.path, error) from None
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file, and the folders above it, whole or not at all.
-
-    Raises:
-        UserError: it cannot be written; what was there stays.
-    """
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            new.write_text(text, encoding="utf-8")
-            os.replace(new, path)
-        finally:
-            new.unlink(missing_ok=True)
-    except OSError as error:
-        raise _unwritable(path, error) from None
-
-
-def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be written ({error.strerror or error}); free space, or choose another folder.")
+            raise unwritable(self.path, error) from None
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """What a model says of some pictures, for people to look at: as one page of HTML, and as single pictures for trackers."""
 
-import base64
 import io
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -10,9 +9,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vlm.train.report import replace_text
+from vlm.data.page import embedded, short, write_page
 
-LONGEST = 300  # letters of a text on the page
 SIDE = 260
 
 
@@ -42,14 +40,6 @@ class Sample:
         return "\n".join([*lines, *(f"- {text}" for text in self.references)])
 
 
-def thumbnail(image: Image.Image) -> bytes:
-    """A small JPEG of an RGB image, which is made small."""
-    image.thumbnail((SIDE, SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=80)
-    return buffer.getvalue()
-
-
 def open_picture(sample: Sample) -> Image.Image:
     """The picture as RGB."""
     return Image.open(io.BytesIO(sample.picture)).convert("RGB")
@@ -65,7 +55,7 @@ def labelled(sample: Sample) -> Image.Image:
     return sheet
 
 
-def write_page(path: Path, title: str, samples: Mapping[str, Sequence[Sample]]) -> None:
+def write_samples(path: Path, title: str, samples: Mapping[str, Sequence[Sample]]) -> None:
     """One HTML file with everything in it, the pictures too. samples: by the name of their set.
 
     Raises:
@@ -75,35 +65,24 @@ def write_page(path: Path, title: str, samples: Mapping[str, Sequence[Sample]]) 
         f"<h2>{escape(name)}</h2>\n<div>\n" + "\n".join(map(_figure, chosen)) + "\n</div>"
         for name, chosen in samples.items()
     ]
-    text = (
-        f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{escape(title)}</title>\n<style>{_STYLE}</style>\n"
-        f"<h1>{escape(title)}</h1>\n" + "\n".join(sections) + "\n</html>\n"
-    )
-    # what is not UTF-8 in a caption or a key has half characters, which no page can hold
-    replace_text(path, text.encode("utf-8", "replace").decode())
+    write_page(path, title, _STYLE, f"<h1>{escape(title)}</h1>\n" + "\n".join(sections))
 
 
 def _figure(sample: Sample) -> str:
     said = "".join(map(_said, sample.said))
-    references = "".join(f"<li>{escape(_short(text))}</li>" for text in sample.references)
+    references = "".join(f"<li>{short(text)}</li>" for text in sample.references)
     listed = f"<ul>{references}</ul>" if references else ""
-    picture = f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(sample.picture).decode()}">'
-    return f"<figure>{picture}{said}{listed}<small>{escape(_short(sample.key))}</small></figure>"
+    return f"<figure>{embedded(sample.picture)}{said}{listed}<small>{short(sample.key)}</small></figure>"
 
 
 def _said(one: Said) -> str:
     kind = {None: "", True: " class=right", False: " class=wrong"}[one.right]
-    note = f" <small>{escape(_short(one.note))}</small>" if one.note else ""
-    return f"<p><small>{escape(_short(one.label))}</small> <b{kind}>{escape(_short(one.text))}</b>{note}</p>"
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
+    note = f" <small>{short(one.note)}</small>" if one.note else ""
+    return f"<p><small>{short(one.label)}</small> <b{kind}>{short(one.text)}</b>{note}</p>"
 
 
 _STYLE = (
-    "body{font:15px/1.4 system-ui,sans-serif;margin:2em;max-width:90em}div{display:flex;flex-wrap:wrap;gap:1em}"
-    "figure{margin:0;padding:.6em;border:1px solid #ccc;border-radius:4px;width:18em;overflow-wrap:anywhere}"
+    "body{max-width:90em}div{display:flex;flex-wrap:wrap;gap:1em}figure{width:18em}"
     "p{margin:.5em 0}p small:first-child{display:block}ul{margin:.3em 0;padding-left:1.2em;color:#555}"
-    "small{color:#666}.right{color:#17702b}.wrong{color:#b3261e}img{display:block;margin:0 auto .4em;max-width:100%}"
+    ".right{color:#17702b}.wrong{color:#b3261e}img{display:block;margin:0 auto .4em;max-width:100%}"
 )

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 from vlm.config import Config
 from vlm.errors import ConfigError
-from vlm.train.report import JsonLines, replace_text, say
+from vlm.files import replace_text
+from vlm.train.report import JsonLines, say
 from vlm.train.samples import Sample, labelled, open_picture
 
 PROJECT = "vlm"

@@ -7,14 +7,14 @@ checking types and command-line overrides live in `vlm/settings.py`.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vlm.config_data import CacheConfig as CacheConfig
-from vlm.config_data import DataConfig as DataConfig
-from vlm.config_data import SplitsConfig as SplitsConfig
-from vlm.config_finetune import AdversarialConfig as AdversarialConfig
-from vlm.config_finetune import FinetuneConfig as FinetuneConfig
-from vlm.config_finetune import LowRankConfig as LowRankConfig
-from vlm.config_objectives import ObjectivesConfig as ObjectivesConfig
-from vlm.config_vqa import VqaConfig as VqaConfig
+from vlm.config.data import CacheConfig as CacheConfig
+from vlm.config.data import DataConfig as DataConfig
+from vlm.config.data import SplitsConfig as SplitsConfig
+from vlm.config.finetune import AdversarialConfig as AdversarialConfig
+from vlm.config.finetune import FinetuneConfig as FinetuneConfig
+from vlm.config.finetune import LowRankConfig as LowRankConfig
+from vlm.config.objectives import ObjectivesConfig as ObjectivesConfig
+from vlm.config.vqa import VqaConfig as VqaConfig
 
 Head = Literal["contrastive", "matching", "masked_language", "language", "classifier"]
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vlm.cli_convert import Commands
+from vlm.cli.convert import Commands
 from vlm.errors import ConfigError
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint as ONNX graphs, for programs without PyTorch: `vlm export DIR --out DST --onnx`; `vlm.onnx_runner` runs them.
+"""A checkpoint as ONNX graphs, for programs without PyTorch: `vlm export DIR --out DST --onnx`; `vlm.onnx.runner` runs them.
 
 Letters: B images, S side in pixels, P image tokens, D their width, E width of the embeddings, n texts of an image, L new tokens, K tokens before
 them, T texts, V vocabulary; of the attention C cross-attention layers, A layers, H heads, W width of a head.

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm.cli_convert import Commands, add_convert
-from vlm.cli_score import add_score
-from vlm.cli_shards import add_shards
+from vlm.cli.convert import Commands, add_convert
+from vlm.cli.score import add_score
+from vlm.cli.shards import add_shards
 from vlm.errors import ConfigError, UserError
 
 
@@ -151,7 +151,7 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _export(arguments: argparse.Namespace, _: list[str]) -> int:
     if arguments.onnx:
-        from vlm.onnx_export import export_onnx
+        from vlm.onnx.export import export_onnx
 
         if len(arguments.checkpoints) > 1 or arguments.half:
             raise ConfigError("--onnx takes one checkpoint and no --half; average and halve into a folder first.")
@@ -170,7 +170,3 @@ def _plot(arguments: argparse.Namespace, _: list[str]) -> int:
 
     print(plot_runs(arguments.runs, arguments.out))  # noqa: T201
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

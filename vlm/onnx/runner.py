@@ -1,4 +1,4 @@
-"""Captions and embeddings from the graphs of `vlm.onnx_export`, with onnxruntime and without PyTorch.
+"""Captions and embeddings from the graphs of `vlm.onnx.export`, with onnxruntime and without PyTorch.
 
     runner = OnnxRunner("my-onnx")
     runner.caption(["img.jpg"])
@@ -22,7 +22,7 @@ from vlm.data.images import decode_image
 from vlm.data.spellings import spellings
 from vlm.data.text import Tokenizer, clean_caption, tidy
 from vlm.errors import CheckpointError, ConfigError, UserError
-from vlm.onnx_search import search
+from vlm.onnx.search import search
 
 ImageLike = str | Path | bytes | Image.Image
 

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from vlm.cli_convert import Commands
+from vlm.cli.convert import Commands
 from vlm.errors import ConfigError
 
 

@@ -79,11 +79,11 @@ def _convert(arguments: argparse.Namespace, _: list[str]) -> int:
 
         done = convert_to_blip(source, target)
     elif arguments.kind == "bert":
-        from vlm.convert_bert import convert_bert
+        from vlm.convert.bert import convert_bert
 
         done = convert_bert(source, target)
     else:
-        from vlm.convert_authors import ALBEF, BLIP, convert_original
+        from vlm.convert.authors import ALBEF, BLIP, convert_original
 
         family, more = (ALBEF, {}) if arguments.kind == "albef" else (BLIP, {"prompt": arguments.prompt})
         done = convert_original(

@@ -1,0 +1,49 @@
+"""Files written whole or not at all."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vlm.errors import UserError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A place to write beside `path`, which takes its name at the end; where anything fails it is removed, and what was there stays.
+
+    Raises:
+        UserError: OSError on the way, for example a full disk or a folder that is not writable.
+    """
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield new
+            os.replace(new, path)
+        finally:
+            new.unlink(missing_ok=True)
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    """What to say of it."""
+    return UserError(f"{path}: cannot be written ({error.strerror or error}); free space, or choose another folder.")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file of UTF-8, and the folders above it.
+
+    Raises:
+        UserError: it cannot be written; what was there stays.
+    """
+    with replacing(path) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """As `replace_text`."""
+    replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

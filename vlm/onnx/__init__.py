@@ -1,0 +1,1 @@
+"""Models as ONNX graphs: written by `vlm export`, run by onnxruntime without PyTorch."""
