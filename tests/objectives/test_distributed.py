@@ -41,6 +41,8 @@ CASES = {
     "uneven_negatives": ObjectivesConfig(negatives="joined"),
     "late_negatives": ObjectivesConfig(contrastive=0.0, negatives="joined"),
     "masked_image": replace(QUIET, contrastive=0.0, captioning=0.0, masked_image=0.5),
+    "word_patch": replace(QUIET, contrastive=0.0, captioning=0.0, word_patch=0.5, negatives="joined"),
+    "uneven_word_patch": replace(QUIET, contrastive=0.0, captioning=0.0, word_patch=0.5, negatives="joined"),
     "teacher": replace(QUIET, captioning=0.0, momentum=0.9, queue=8, alpha_ramp=1.0),
 }
 

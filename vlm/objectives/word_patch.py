@@ -2,7 +2,7 @@
 
 The plan of that transport comes from IPOT, a proximal point method (Xie et al. 2020).
 
-Letters: B images, T texts, L tokens, P patches, D width of the text states.
+Letters: B images, T texts, C texts that may lend their image, L tokens, P patches, D width of the text states.
 """
 
 from collections.abc import Sequence
@@ -16,26 +16,33 @@ from vlm.data.batch import Batch
 from vlm.model.vision_language import VisionLanguageModel
 from vlm.objectives.matching import eligibility
 from vlm.objectives.objective import Features, Loss, Pass, exact
+from vlm.objectives.pairs import gather, rank, world
 
 
 class WordPatch(nn.Module):
     """The transport's cost between a text and its image, minus that between the text and another image of the batch (as ViLT's code has it).
 
     Words are the text's states before they are fused with the image: fused ones hold what they took from the image and would be near any patch.
-    projection: image tokens to their width D.
+    projection: image tokens to their width D. negatives: local, other images of this rank's batch; joined, of all ranks', whose patches are exchanged
+    with their gradients.
     """
 
     scope: Literal["pair", "micro"] = "micro"
 
-    def __init__(self, image_dim: int, text_dim: int) -> None:
+    def __init__(self, image_dim: int, text_dim: int, negatives: Literal["local", "joined"] = "local") -> None:
         super().__init__()
+        self.negatives = negatives
         self.projection = nn.Linear(image_dim, text_dim)
         nn.init.normal_(self.projection.weight, std=0.02)
         nn.init.zeros_(self.projection.bias)
 
+    @property
+    def _joined(self) -> bool:
+        return self.negatives == "joined" and world() > 1
+
     def count(self, batch: Batch) -> Tensor:
         """Two pairs for each text with weight and words, where another image is at hand."""
-        return 2 * _counted(batch, *eligibility(batch)).sum()
+        return 2 * _counted(batch, *eligibility(batch, self._joined)).sum()
 
     def requests(self, model: VisionLanguageModel, features: Features, batch: Batch) -> Sequence[Pass]:  # noqa: ARG002
         """None: the states and tokens are there."""
@@ -45,14 +52,19 @@ class WordPatch(nn.Module):
         """Costs of own pairs minus those of strangers, summed, in fp32 (or better)."""
         text, own = features.texts["plain"], batch.texts.image
         assert text.states is not None
-        usable, eligible = eligibility(batch)
+        usable, eligible = eligibility(batch, self._joined)
         counted = _counted(batch, usable, eligible)
         patches = self.projection(features.image.tokens[:, model.image_encoder.prefix :])
-        images = torch.cat([own, own.index_select(0, next_other(eligible))])
+        first = rank() * len(own) if self._joined else 0
+        strange = next_other(eligible, first)
         with torch.autocast(own.device.type, enabled=False):
             states = F.normalize(exact(text.states), dim=2, eps=1e-5)
-            patches = F.normalize(exact(patches), dim=2, eps=1e-5).index_select(0, images)
-            cost = 1 - states.repeat(2, 1, 1) @ patches.transpose(1, 2)
+            patches = F.normalize(exact(patches), dim=2, eps=1e-5)
+            everyone, whose = patches, own
+            if self._joined:
+                everyone, whose = gather(patches), gather(own + rank() * len(batch))
+            compared = torch.cat([patches.index_select(0, own), everyone.index_select(0, whose.index_select(0, strange))])
+            cost = 1 - states.repeat(2, 1, 1) @ compared.transpose(1, 2)
             plan = transport(cost, words(batch).repeat(2, 1))
             own_costs, strange_costs = (cost * plan).sum((1, 2)).chunk(2)
         total = torch.where(counted, own_costs - strange_costs, 0.0).sum()
@@ -68,11 +80,15 @@ def words(batch: Batch) -> Tensor:
     return texts.mask & followed & (position >= texts.prompt[:, None])
 
 
-def next_other(eligible: Tensor) -> Tensor:
-    """(T,) for each text the next one, in a circle, that is eligible as a stranger; any where none is. eligible: (T, T) bool."""
-    rows = torch.arange(len(eligible), device=eligible.device)
-    ahead = (rows[None, :] - rows[:, None]) % len(eligible)
-    return ahead.masked_fill(~eligible, len(eligible)).argmin(1)
+def next_other(eligible: Tensor, first: int = 0) -> Tensor:
+    """(T,) for each text the next one, in a circle, that is eligible as a stranger; any where none is.
+
+    eligible: (T, C) bool, C: T, or the texts of all ranks. first: which of the C this rank's first text is.
+    """
+    texts, columns = eligible.shape
+    rows = first + torch.arange(texts, device=eligible.device)
+    ahead = (torch.arange(columns, device=eligible.device)[None, :] - rows[:, None]) % columns
+    return ahead.masked_fill(~eligible, columns).argmin(1)
 
 
 @torch.no_grad()

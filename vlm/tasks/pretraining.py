@@ -44,7 +44,7 @@ def build_objectives(
         "matching": lambda: Matching(config.negatives),
         "masked_language": MaskedLanguage,
         "masked_image": lambda: MaskedImage(encoder, text if config.masked_image_text else None),
-        "word_patch": lambda: WordPatch(encoder.dim, text.dim),
+        "word_patch": lambda: WordPatch(encoder.dim, text.dim, config.negatives),
         "captioning": lambda: Captioning(config.label_smoothing, of="captions"),
         "answering": lambda: Captioning(config.label_smoothing, per="texts", of="answers"),
     }
@@ -94,7 +94,7 @@ class Pretraining(Task):
         self.reads_texts |= config.masked_image > 0 and config.masked_image_text
         self.teacher = build_teacher(model, config)
         self.exchanges_texts = config.matching > 0 and config.negatives == "joined"
-        self.compares |= self.exchanges_texts
+        self.compares |= config.negatives == "joined" and (config.matching > 0 or config.word_patch > 0)
 
     def taught(self, batch: Batch, compares: bool = True, predicts: bool = True) -> Taught | None:
         """What the momentum teacher says."""
