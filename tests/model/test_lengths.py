@@ -23,7 +23,7 @@ def test_every_text_once_no_longer_than_it_must_be() -> None:
         seen.append((rows.tolist(), length))
         return rows[:, None, None].double() * 100 + torch.arange(length)[None, :, None]
 
-    states = by_length(masks(lengths, 24), run)
+    states = by_length(masks(lengths, 24), run, worth=1)
     assert seen == [([0, 2, 5, 7], 8), ([3, 6], 16), ([1, 4], 24)]
     assert states.shape == (8, 24, 1)
     for row, length in enumerate(lengths):
@@ -41,16 +41,34 @@ def test_lengths_that_are_no_multiple_none_and_no_text(lengths: list[int], longe
         return torch.ones(len(rows), length, 2)
 
     mask = masks(lengths, longest) if lengths else torch.zeros(0, longest, dtype=torch.bool)
-    assert by_length(mask, run).shape == (len(lengths), longest, 2)
+    assert by_length(mask, run, worth=1).shape == (len(lengths), longest, 2)
     assert seen == calls
+
+
+@pytest.mark.parametrize(
+    ("worth", "calls"),
+    [(16, [(4, 8), (2, 16), (2, 24)]), (33, [(6, 16), (2, 24)]), (80, [(6, 16), (2, 24)]), (81, [(8, 24)])],
+)
+def test_little_padding_is_computed(worth: int, calls: list[tuple[int, int]]) -> None:
+    """4 texts of 8 tokens, 2 of 16 and 2 of 24: the first are 32 tokens of padding at a length of 16, all are 80 at 24."""
+    seen: list[tuple[int, int]] = []
+
+    def run(rows: Tensor, length: int) -> Tensor:
+        seen.append((len(rows), length))
+        return rows[:, None, None].double().expand(-1, length, 1)
+
+    states = by_length(masks([8, 24, 8, 16, 8, 24, 16, 8], 24), run, worth)
+    assert seen == calls
+    assert states[:, 0, 0].tolist() == list(range(8))
 
 
 @pytest.mark.parametrize(
     "settings", [{}, {"fusion": "late", "text": {"cross_attention": (2, 3)}}], ids=["full", "late"]
 )
 def test_states_and_gradients_are_those_of_all_together(
-    tiny_model: Callable[..., VisionLanguageModel], settings: dict[str, Any]
+    tiny_model: Callable[..., VisionLanguageModel], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(by_length, "__defaults__", (1,))
     model = tiny_model(**settings)
     torch.manual_seed(1)
     ids, mask = torch.randint(5, 60, (6, 24)), masks([24, 3, 9, 8, 20, 12], 24)

@@ -63,7 +63,9 @@ class WordPatch(nn.Module):
             everyone, whose = patches, own
             if self._joined:
                 everyone, whose = gather(patches), gather(own + rank() * len(batch))
-            compared = torch.cat([patches.index_select(0, own), everyone.index_select(0, whose.index_select(0, strange))])
+            compared = torch.cat(
+                [patches.index_select(0, own), everyone.index_select(0, whose.index_select(0, strange))]
+            )
             cost = 1 - states.repeat(2, 1, 1) @ compared.transpose(1, 2)
             plan = transport(cost, words(batch).repeat(2, 1))
             own_costs, strange_costs = (cost * plan).sum((1, 2)).chunk(2)
