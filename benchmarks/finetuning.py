@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from commands import Stopped, exit_status
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = str(ROOT / "configs/finetune/captioning/photos_small.yaml")
 BASELINE = "everything"
@@ -68,26 +70,11 @@ def main() -> int:
         if getattr(given, name) is not None and getattr(given, name) <= 0:
             parser.error(f"--{name} {getattr(given, name)}: give more than 0")
 
-    from vlm.errors import UserError
-
-    try:
+    def work() -> None:
         settle(given)
         print(table(measure_all(given)))
-    except Stopped as stopped:
-        print(f"finetuning: {stopped}", file=sys.stderr)
-        return stopped.status
-    except UserError as error:
-        print(f"finetuning: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
 
-
-class Stopped(Exception):
-    """A command ended with a status other than 0, and has said why."""
-
-    def __init__(self, command: str, status: int) -> None:
-        super().__init__(f"`{command}` ended with status {status}; the same command goes on from there.")
-        self.status = status
+    return exit_status("finetuning", work)
 
 
 def settle(given: argparse.Namespace) -> None:

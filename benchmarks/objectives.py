@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from commands import Stopped, exit_status
 from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,28 +58,14 @@ def main() -> int:
         if getattr(arguments, name) <= 0:
             parser.error(f"--{name} {getattr(arguments, name)}: give more than 0")
 
-    from vlm.errors import UserError
-
     settings = {name: getattr(arguments, name) for name in ("train", "val", "epochs")}
-    try:
+
+    def work() -> None:
         prepare(arguments.out, settings)
         cells = measure_all(arguments.out, arguments.encoders, arguments.seeds, settings["epochs"])
         write_report(arguments.out, settings, arguments.encoders, arguments.seeds, cells)
-    except Stopped as stopped:
-        print(f"objectives: {stopped}", file=sys.stderr)
-        return stopped.status
-    except UserError as error:
-        print(f"objectives: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
 
-
-class Stopped(Exception):
-    """A command ended with a status other than 0, and has said why."""
-
-    def __init__(self, command: str, status: int) -> None:
-        super().__init__(f"`{command}` ended with status {status}; the same command goes on from there.")
-        self.status = status
+    return exit_status("objectives", work)
 
 
 def prepare(out: Path, settings: dict[str, Any]) -> None:

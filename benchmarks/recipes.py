@@ -29,6 +29,7 @@ from vlm.data.text import train_wordpiece
 from vlm.model.vision_language import VisionLanguageModel
 from vlm.settings import load_config
 from vlm.tasks.pretraining import Pretraining
+from vlm.train.cost import convolution_gradients
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs/pretrain"
 H200_PEAK = 989e12  # floating-point operations a second, dense bf16
@@ -240,15 +241,13 @@ def total(task: Pretraining, batch: Batch) -> Tensor:
     return torch.stack([loss.sum.float() for loss in losses.values()]).sum()
 
 
-def convolution_backward(gradient: torch.Size, _: torch.Size, weight: torch.Size, *given: Any, **__: Any) -> int:
-    """Operations for the gradients that are wanted, each as many as forward; torch's own count takes grouped convolutions for full ones."""
-    wanted = given[-1]
-    return sum(wanted[:2]) * 2 * gradient.numel() // gradient[1] * weight.numel()
-
-
 def operations(task: Pretraining, batch: Batch, selected: AbstractContextManager[Any]) -> float:
     """Floating-point operations of a step."""
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: convolution_backward})
+
+    def convolution(gradient: torch.Size, _: torch.Size, weight: torch.Size, *given: Any, **__: Any) -> int:
+        return convolution_gradients(gradient, weight, given[-1])
+
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: convolution})
     with selected, counter, sdpa_kernel(SDPBackend.MATH):
         total(task, batch).backward()
     return float(counter.get_total_flops())

@@ -2,16 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from vlm.files import write_json
+
 MISSING = "listed photograph that is not in the folder"
-
-
-def _write(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
 
 
 def _command(source: Path, out: Path, *more: str) -> list[str]:
@@ -34,7 +30,7 @@ def flickr30k(tmp_path, photograph) -> Path:
         entries.append({"filename": f"{number}.jpg", "split": split, "imgid": number - 100, "sentences": sentences})
     (source / "flickr30k-images" / "102.jpg").unlink()
     (source / "flickr30k-images" / "106.jpg").write_bytes(b"not an image")
-    _write(source / "dataset_flickr30k.json", {"images": entries, "dataset": "flickr30k"})
+    write_json(source / "dataset_flickr30k.json", {"images": entries, "dataset": "flickr30k"})
     return source
 
 
@@ -58,7 +54,7 @@ def test_flickr30k_in_karpathys_splits(recipe, flickr30k, tmp_path, read_shards,
 def test_flickr30k_leaves_out_what_flickr8k_holds_out(recipe, flickr30k, tmp_path, read_shards, capsys):
     """The same photograph is 101_ab in one and 101 in the other; what is evaluated here stays."""
     for split, name in (("val", "101_ab"), ("test", "104_cd")):
-        _write(tmp_path / f"{split}.json", {"images": [{"id": name}], "annotations": []})
+        write_json(tmp_path / f"{split}.json", {"images": [{"id": name}], "annotations": []})
     leave_out = ["--leave-out", str(tmp_path / "val.json"), str(tmp_path / "test.json")]
     assert recipe("flickr30k").main(_command(flickr30k, tmp_path / "o", *leave_out)) == 0
     assert set(read_shards(tmp_path / "o" / "train")) == {"100", "103"}
@@ -99,7 +95,7 @@ def nocaps(tmp_path, photograph) -> Path:
     rows = [
         {"image_id": i["id"], "id": 10 * i["id"] + k, "caption": f"{k} {i['id']}"} for i in images for k in range(10)
     ]
-    _write(source / "nocaps_val_4500_captions.json", {"images": images, "annotations": rows, "licenses": []})
+    write_json(source / "nocaps_val_4500_captions.json", {"images": images, "annotations": rows, "licenses": []})
     return source
 
 
@@ -159,7 +155,7 @@ def textcaps(tmp_path, photograph) -> Path:
             photograph(source / "train_images" / f"{image}.jpg")
             texts = [f"A sign that says {k} {image}." for k in range(5)]
             rows += [{"image_id": image, "caption_str": text, "reference_strs": texts} for text in texts]
-        _write(source / f"TextCaps_0.1_{split}.json", {"dataset_name": "textcaps", "data": rows})
+        write_json(source / f"TextCaps_0.1_{split}.json", {"dataset_name": "textcaps", "data": rows})
     return source
 
 
@@ -183,7 +179,7 @@ def test_textcaps_needs_one_of_its_files_and_names_the_other(recipe, textcaps, t
 
 
 def test_textcaps_test_file_has_no_captions_and_is_refused(recipe, textcaps, tmp_path, capsys):
-    _write(textcaps / "TextCaps_0.1_val.json", {"data": [{"image_id": "b0", "set_name": "test"}]})
+    write_json(textcaps / "TextCaps_0.1_val.json", {"data": [{"image_id": "b0", "set_name": "test"}]})
     assert recipe("textcaps").main(_command(textcaps, tmp_path / "o")) == 1
     assert "TextCaps' form (missing 'caption_str')" in capsys.readouterr().err
 
@@ -209,7 +205,7 @@ def vizwiz(tmp_path, photograph) -> Path:
                 {"image_id": first + number, "id": k, "caption": f"{k} {name}", "is_precanned": c, "is_rejected": r}
                 for k, (c, r) in enumerate(marks)
             ]
-        _write(source / "annotations" / f"{split}.json", {"images": images, "annotations": rows})
+        write_json(source / "annotations" / f"{split}.json", {"images": images, "annotations": rows})
     return source
 
 

@@ -6,14 +6,10 @@ from typing import Any
 
 import pytest
 
+from vlm.files import write_json
 from vlm.metrics.score import score_vqa
 
 MISSING = "listed photograph that is not in the folder"
-
-
-def _write(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
 
 
 def _command(source: Path, out: Path, *more: str) -> list[str]:
@@ -27,7 +23,7 @@ def _source_name(folder: Path) -> str:
 def _score(out: Path, split: str, answer: str) -> dict[str, Any]:
     """The official result of giving every question of a split the same answer."""
     questions = json.loads((out / f"{split}_questions.json").read_text())["questions"]
-    _write(out / "predictions.json", [{"question_id": q["question_id"], "answer": answer} for q in questions])
+    write_json(out / "predictions.json", [{"question_id": q["question_id"], "answer": answer} for q in questions])
     return score_vqa(out / f"{split}_questions.json", out / f"{split}_annotations.json", out / "predictions.json")
 
 
@@ -55,7 +51,7 @@ def test_ok_vqa_has_the_form_and_the_splits_of_vqa_v2(recipe, ok_vqa, tmp_path, 
 def test_ok_vqa_trains_on_nothing_that_others_evaluate(recipe, ok_vqa, tmp_path, read_shards):
     """--leave-out takes the held-out files of several tasks."""
     for name, image_id in (("captions", 4), ("vqa", 5)):
-        _write(tmp_path / f"{name}.json", {"questions": [{"image_id": image_id}]})
+        write_json(tmp_path / f"{name}.json", {"questions": [{"image_id": image_id}]})
     leave_out = ["--leave-out", str(tmp_path / "captions.json"), str(tmp_path / "vqa.json")]
     assert recipe("ok_vqa").main(_command(ok_vqa, tmp_path / "o", "--split", "official", *leave_out)) == 0
     assert {r["image_id"] for r in read_shards(tmp_path / "o" / "train").values()} == {2, 3, 6}
@@ -78,11 +74,13 @@ def gqa(tmp_path, photograph) -> Path:
                     "isBalanced": True,
                     "types": {"structural": kind, "semantic": "attr", "detailed": "verifyAttr"},
                 }
-        _write(source / "questions" / f"{part}_balanced_questions.json", questions)
+        write_json(source / "questions" / f"{part}_balanced_questions.json", questions)
     (source / "images" / "4.jpg").unlink()
-    _write(source / "image_data.json", [{"image_id": n, "coco_id": 100 + n if n in (2, 3) else None} for n in range(9)])
+    write_json(
+        source / "image_data.json", [{"image_id": n, "coco_id": 100 + n if n in (2, 3) else None} for n in range(9)]
+    )
     entries = [{"cocoid": 102, "split": "val"}, {"cocoid": 103, "split": "train"}]
-    _write(source / "dataset_coco.json", {"images": entries})
+    write_json(source / "dataset_coco.json", {"images": entries})
     return source
 
 
@@ -114,7 +112,7 @@ def test_gqa_accuracy_is_an_exact_match(recipe, gqa, tmp_path):
 
 
 def test_gqa_does_not_train_on_what_coco_or_another_set_holds_out(recipe, gqa, tmp_path, read_shards, capsys):
-    _write(tmp_path / "held.json", {"images": [{"id": 1}, {"id": 5}]})
+    write_json(tmp_path / "held.json", {"images": [{"id": 1}, {"id": 5}]})
     keep_out = ["--karpathy", str(gqa / "dataset_coco.json"), "--leave-out", str(tmp_path / "held.json")]
     assert recipe("gqa").main(_command(gqa, tmp_path / "o", *keep_out)) == 0
     assert set(read_shards(tmp_path / "o" / "train")) == {"3"}
@@ -131,7 +129,7 @@ def test_gqa_karpathy_needs_visual_genomes_list(recipe, gqa, tmp_path, capsys):
 
 @pytest.mark.parametrize("content", [[], {"1": {"question": "x?", "imageId": "5"}}, {"1": {"answer": None}}])
 def test_gqa_refuses_another_form(recipe, gqa, tmp_path, capsys, content):
-    _write(gqa / "questions" / "val_balanced_questions.json", content)
+    write_json(gqa / "questions" / "val_balanced_questions.json", content)
     assert recipe("gqa").main(_command(gqa, tmp_path / "o")) == 1
     assert "val_balanced_questions.json is not in GQA's form" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
@@ -151,7 +149,7 @@ def textvqa(tmp_path, photograph) -> Path:
         ]
         for row in rows if split != "test" else []:
             row["answers"] = ["stop"] * 2 + ["go"] * 8
-        _write(source / f"TextVQA_0.5.1_{split}.json", {"dataset_name": "textvqa", "data": rows})
+        write_json(source / f"TextVQA_0.5.1_{split}.json", {"dataset_name": "textvqa", "data": rows})
     return source
 
 
@@ -174,7 +172,7 @@ def test_textvqa_splits_and_the_test_set_without_answers(recipe, textvqa, tmp_pa
 
 def test_textvqa_and_textcaps_know_their_common_photographs(recipe, textvqa, tmp_path, read_shards):
     rows = [{"image_id": "a0", "caption_str": "A stop sign."}]
-    _write(textvqa / "TextCaps_0.1_train.json", {"data": rows})
+    write_json(textvqa / "TextCaps_0.1_train.json", {"data": rows})
     for name in ("textvqa", "textcaps"):
         assert recipe(name).main(_command(textvqa, tmp_path / name)) == 0
     asked, captioned = (read_shards(tmp_path / name / "train")["a0"] for name in ("textvqa", "textcaps"))
@@ -186,7 +184,7 @@ def test_textvqa_refuses_another_form_and_another_folder(recipe, textvqa, tmp_pa
     (textvqa / "test_images").rename(textvqa / "elsewhere")
     assert recipe("textvqa").main(_command(textvqa, tmp_path / "o")) == 1
     assert "test_images.zip" in capsys.readouterr().err
-    _write(textvqa / "TextVQA_0.5.1_train.json", {"data": [{"question": "x?"}]})
+    write_json(textvqa / "TextVQA_0.5.1_train.json", {"data": [{"question": "x?"}]})
     assert recipe("textvqa").main(_command(textvqa, tmp_path / "o")) == 1
     assert "TextVQA_0.5.1_train.json is not in TextVQA's form (missing 'question_id')" in capsys.readouterr().err
 
@@ -206,7 +204,7 @@ def vizwiz(tmp_path, photograph) -> Path:
                 row["answers"] = [{"answer": a, "answer_confidence": "maybe"} for a in said]
                 row |= {"answer_type": "other", "answerable": 1}
             rows.append(row)
-        _write(source / "Annotations" / f"{split}.json", rows)
+        write_json(source / "Annotations" / f"{split}.json", rows)
     (source / "val" / "VizWiz_val_00000001.jpg").unlink()
     return source
 
@@ -237,7 +235,7 @@ def test_vizwiz_vqa(recipe, vizwiz, tmp_path, read_shards, capsys):
     "content", [{"x": 1}, [{"question": "x?"}], [{"image": "a.jpg", "question": "x?", "answers": 3}]]
 )
 def test_vizwiz_vqa_refuses_another_form(recipe, vizwiz, tmp_path, capsys, content):
-    _write(vizwiz / "Annotations" / "val.json", content)
+    write_json(vizwiz / "Annotations" / "val.json", content)
     assert recipe("vizwiz_vqa").main(_command(vizwiz, tmp_path / "o")) == 1
     assert "is not in VizWiz' form" in capsys.readouterr().err
 

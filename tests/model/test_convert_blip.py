@@ -4,6 +4,7 @@ import json
 import pickle
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -425,6 +426,30 @@ def test_scale_of_the_logits_comes_back_exactly(make: Make, scale: float) -> Non
     assert (
         load_file(source.with_name("back") / "model.safetensors")["logit_scale"].item() == state["logit_scale"].item()
     )
+
+
+def test_banned_words_go_with_the_model(make: Make) -> None:
+    """transformers' `generate` with the generation settings of the folder that comes back says what we say."""
+    source, model = make("captioning", torch.float64)
+    predictor, ours = converted(source, torch.float64), Path(f"{source}-ours")
+    images = pictures(6)
+    before = [said.text for said in predictor.caption(images)]
+    word = Counter(" ".join(before).split()).most_common(1)[0][0]
+    metadata = load_metadata(ours)
+    metadata["generation"] |= {"banned_words": [word], "beams": 3}
+    (ours / "config.json").write_text(json.dumps(metadata))
+    predictor = Predictor.load(ours, "cpu")
+    predictor.model.double()
+    convert_to_blip(ours, source.with_name("back"))
+    settings = json.loads((source.with_name("back") / "generation_config.json").read_text())
+    _, theirs = pixels(predictor, images, torch.float64)
+    start = torch.tensor([predictor.tokenizer.encode("")] * len(images))
+    known = ("bad_words_ids", "num_beams", "max_new_tokens", "min_new_tokens")
+    produced = model.generate(pixel_values=theirs, input_ids=start, **{name: settings[name] for name in known})
+    expected = [tidy(predictor.tokenizer.decode(row)) for row in produced[:, start.shape[1] - 1 :].tolist()]
+    assert [said.text for said in predictor.caption(images)] == expected
+    assert word in " ".join(before).split()
+    assert word not in " ".join(expected).split()
 
 
 # Both ways

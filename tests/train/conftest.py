@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from vlm.config import Config
 from vlm.data.synthetic import write_scenes
@@ -81,5 +82,19 @@ def make_config(nested: Callable[..., dict[str, Any]]) -> Callable[..., Config]:
         config = config_from_dict(nested(changes), "test")
         check(config)
         return config
+
+    return make
+
+
+@pytest.fixture
+def configured(
+    nested: Callable[..., dict[str, Any]], tmp_path: Path, request: pytest.FixtureRequest
+) -> Callable[..., tuple[Path, Path]]:
+    """configured("name", settings): the file of a run's settings, those of the test's module (SETTINGS) beside them, and its folder."""
+
+    def make(name: str, settings: dict[str, Any]) -> tuple[Path, Path]:
+        out, file = tmp_path / name, tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(nested({**request.module.SETTINGS, **settings, "out": str(out)})))
+        return file, out
 
     return make

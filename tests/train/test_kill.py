@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from vlm.train.report import read_json_lines
@@ -83,18 +82,6 @@ def server() -> Iterator[Run]:
     finally:
         process.stdin.close()
         process.wait(60)
-
-
-@pytest.fixture
-def configured(nested: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
-    """configured("name", settings): the file of a run's settings, and its folder."""
-
-    def make(name: str, settings: dict[str, Any]) -> tuple[Path, Path]:
-        out, file = tmp_path / name, tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(nested({**SETTINGS, **settings, "out": str(out)})))
-        return file, out
-
-    return make
 
 
 def result(out: Path) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vlm.checkpoint import ANSWERS, checkpoint_metadata
 from vlm.config import Config, DataConfig, GenerationConfig, Head, ModelConfig, VqaConfig
+from vlm.data.spellings import spellings
 from vlm.data.text import Tokenizer
 from vlm.errors import CheckpointError, UserError
 from vlm.model.convert.blip import (
@@ -122,7 +123,8 @@ def convert_to_blip(source: Path, target: Path) -> Converted:
         "tokenizer_config.json": _tokenizer_config(tokenizer, config),
     }
     if form.decodes:
-        files["generation_config.json"] = to_blip_generation(settings, foreign["text_config"], answer)
+        banned = [ids for words in settings.banned_words for ids in spellings(tokenizer, words)]
+        files["generation_config.json"] = to_blip_generation(settings, foreign["text_config"], answer, banned)
     with replacing_folder(target) as new:
         write_folder(weights, new, foreign, tokenizer.to_json(), _foreign_card(form, source))
         for name, content in files.items():

@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -80,15 +80,20 @@ class Operations(TorchDispatchMode):
         if formula is not None and not (self._backward and torch.is_grad_enabled()):
             count = formula(*args, **(kwargs or {}), out_val=result)
             name = func._overloadpacket.__name__
-            if name == "convolution_backward" and args[9] > 1:
-                gradient, _, weight = args[
-                    :3
-                ]  # torch takes a grouped convolution for a full one here; each gradient wanted costs a forward pass
-                count = sum(args[10][:2]) * 2 * gradient.numel() // gradient.shape[1] * weight.numel()
+            if name == "convolution_backward" and not args[7]:  # not a transposed one
+                count = convolution_gradients(args[0].shape, args[2].shape, args[10])
             if name.startswith("_scaled_dot_product") and name.endswith("_backward"):
                 count = count * 4 // 5  # of its five matrix products the first one computes the scores again
             self.count += count
         return result
+
+
+def convolution_gradients(gradient: torch.Size, weight: torch.Size, wanted: Sequence[bool]) -> int:
+    """Operations for the gradients that are wanted (of the input, the weight, the bias), each as many as forward.
+
+    torch's own count takes a grouped convolution for a full one. gradient: (B, C, ...) of the output. weight: (C, inputs of a group, ...).
+    """
+    return sum(wanted[:2]) * 2 * gradient.numel() // gradient[1] * weight.numel()
 
 
 def peak_memory(device: torch.device) -> int:

@@ -1,7 +1,7 @@
 """What stands beside BLIP's weights in transformers' folders, here and back: image preprocessing and generation settings."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,11 +131,16 @@ def from_blip_generation(
 
 
 def to_blip_generation(
-    settings: GenerationConfig, text_config: Mapping[str, Any], max_answer_tokens: int | None
+    settings: GenerationConfig,
+    text_config: Mapping[str, Any],
+    max_answer_tokens: int | None,
+    banned: Sequence[Sequence[int]] = (),
 ) -> dict[str, Any]:
-    """generation_config.json. max_answer_tokens: for a model that answers, whose answers have at least one token; None for captions."""
+    """generation_config.json. max_answer_tokens: for a model that answers, whose answers have at least one token; None for captions. banned:
+    sequences of tokens that no caption contains."""
     answers = max_answer_tokens is not None
     return {
+        **({"bad_words_ids": [list(ids) for ids in banned]} if banned and not answers else {}),
         "max_new_tokens": max_answer_tokens if answers else settings.max_length,
         "min_new_tokens": 1 if answers else settings.min_length,
         "num_beams": settings.beams,
