@@ -173,6 +173,20 @@ def test_a_checkpoint_that_cannot_be_written_costs_no_results(
     assert "calibration" not in load_metadata(model)
 
 
+def test_8_bit_weights_are_scored_and_leave_the_checkpoint(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    write_scenes(tmp_path / "scenes", 8, 4)
+    before = (model / "model.safetensors").read_bytes()
+    whole, small = (
+        evaluate(model, tmp_path / name, *more, val=tmp_path / "scenes/val")
+        for name, more in (("whole", []), ("small", ["--int8"]))
+    )
+    assert (whole["quantized"], small["quantized"]) == (None, "int8")
+    confidence = [found["scores"]["scenes"]["mean_confidence"] for found in (whole, small)]
+    assert confidence[0] != confidence[1] == pytest.approx(confidence[0], rel=0.2)
+    assert (model / "model.safetensors").read_bytes() == before
+
+
 def test_the_page_shows_confident_wrong_answers_first_and_runs_nothing(tmp_path: Path) -> None:
     file = io.BytesIO()
     Image.new("RGB", (64, 48), "blue").save(file, "PNG")
