@@ -43,8 +43,8 @@ class ObjectivesConfig:
     alpha_ramp: float = 1.0
     """Epochs over which alpha grows from 0 (ALBEF 1, BLIP 2); fractions allowed."""
     negatives: Literal["local", "joined"] = "local"
-    """Where matching looks for hard negatives and word_patch for other images: in this rank's micro-batch, or in those of all ranks (as BLIP may: image
-    tokens are sent around)."""
+    """Where matching looks for hard negatives and word_patch for other images: in this rank's micro-batch, or in those of all ranks (as BLIP may:
+    image tokens are sent around)."""
     masking_probability: float = 0.15
     """Share of the tokens hidden for masked_language."""
     whole_words: bool = False
