@@ -1,4 +1,4 @@
-"""The command `vlm convert`, a part of `vlm/cli.py`: thin, no logic."""
+"""The command `vlm convert`: thin, no logic."""
 
 import argparse
 from pathlib import Path

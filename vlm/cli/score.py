@@ -1,4 +1,4 @@
-"""The command `vlm score`, a part of `vlm/cli.py`: thin, no logic."""
+"""The command `vlm score`: thin, no logic."""
 
 import argparse
 import json

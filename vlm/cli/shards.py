@@ -1,4 +1,4 @@
-"""The command `vlm shards`, a part of `vlm/cli.py`: thin, no logic."""
+"""The command `vlm shards`: thin, no logic."""
 
 import argparse
 import json

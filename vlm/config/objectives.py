@@ -1,4 +1,4 @@
-"""The settings of the objectives: a part of `vlm/config.py`, from which they are imported."""
+"""The settings of the objectives: a part of `vlm.config`, from which they are imported."""
 
 from dataclasses import dataclass
 from typing import Literal

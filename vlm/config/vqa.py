@@ -1,4 +1,4 @@
-"""The settings of visual question answering: a part of `vlm/config.py`, from which they are imported."""
+"""The settings of visual question answering: a part of `vlm.config`, from which they are imported."""
 
 from dataclasses import dataclass, field
 from typing import Literal
