@@ -241,13 +241,14 @@ def total(task: Pretraining, batch: Batch) -> Tensor:
     return torch.stack([loss.sum.float() for loss in losses.values()]).sum()
 
 
+def convolution_backward(gradient: torch.Size, _: torch.Size, weight: torch.Size, *given: Any, **__: Any) -> int:
+    """The count in the form in which torch's counter asks for it."""
+    return convolution_gradients(gradient, weight, given[-1])
+
+
 def operations(task: Pretraining, batch: Batch, selected: AbstractContextManager[Any]) -> float:
     """Floating-point operations of a step."""
-
-    def convolution(gradient: torch.Size, _: torch.Size, weight: torch.Size, *given: Any, **__: Any) -> int:
-        return convolution_gradients(gradient, weight, given[-1])
-
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: convolution})
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: convolution_backward})
     with selected, counter, sdpa_kernel(SDPBackend.MATH):
         total(task, batch).backward()
     return float(counter.get_total_flops())

@@ -18,14 +18,12 @@ SCRIPT = FOLDER / "pretrain_step.py"
 
 
 @pytest.fixture
-def step_pair(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(FOLDER))
+def step_pair() -> ModuleType:
     return importlib.import_module("step_pair")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
-    monkeypatch.syspath_prepend(str(FOLDER))
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     return int(ended.value.code or 0)

@@ -24,8 +24,7 @@ pytest.importorskip("transformers")  # whose modules the step's benchmark, which
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+def script() -> dict[str, Any]:
     return runpy.run_path(str(SCRIPT))
 
 
