@@ -7,7 +7,7 @@ BIN := .venv/bin
 demo: .venv/demo-installed  ## the main job, offline, on drawn scenes: 4 minutes on 2 cores
 	$(BIN)/python demos/quickstart.py
 
-test: lint  ## style, types and the default tests: about 5 minutes on 2 cores
+test: lint  ## style, types and the default tests: about 10 minutes on 2 cores
 	$(BIN)/pytest
 
 slow: .venv/test-installed  ## the full counts and longer trainings
