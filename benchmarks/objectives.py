@@ -1,8 +1,9 @@
-"""What each pretraining objective teaches, on drawn scenes: python benchmarks/objectives.py [--seeds 3] [--encoders test_resnet test_vit] [--out DIR]
+"""What each pretraining objective teaches: python benchmarks/objectives.py [--seeds 3] [--photographs DIR] [--out DIR]
 
-Pretrains from nothing with contrastive alone, then + matching, then + masked language; for every encoder and seed from the same start, with the same
-batches and as many steps. Each is scored on held-out scenes by R@1 (mean of image to text and text to image; an equal caption is right) and, after
-one and the same fine-tuning, by CIDEr. Means with 95 % bootstrap intervals over images and seeds, paired differences, a verdict on each.
+Pretrains with contrastive alone, then + matching, then + masked language; for every encoder and seed from the same start, with the same batches
+and as many steps. Each is scored on held-out images by R@1 (mean of image to text and text to image; among drawn scenes an equal caption is right)
+and, after one and the same fine-tuning, by CIDEr. Means with 95 % bootstrap intervals over images and seeds, paired differences, a verdict on each.
+Drawn scenes are learnt from nothing; photographs, a folder of shards `train` and `val` beside `val_references.json`, from photos_small's start.
 What is finished is not run again, so the same command goes on after a stop, and more seeds can be asked for later.
 """
 
@@ -14,6 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +24,52 @@ from commands import Stopped, exit_status
 from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
-PRETRAIN, FINETUNE = (str(ROOT / f"configs/{name}/tiny.yaml") for name in ("pretrain", "finetune/captioning"))
 OBJECTIVES = ("contrastive", "matching", "masked_language")
 SETS = {"contrastive": 1, "+ matching": 2, "+ masked language": 3}  # how many of OBJECTIVES, each with weight 1
 STAGES = {"test_resnet": "3"}  # for 4 x 4 image tokens of 64 px; other encoders are whole
 MEASURES = {"embeddings": "R@1, embeddings", "reranked": "R@1, re-ranked", "cider": "CIDEr"}
+PRETRAINED = "tf_efficientnet_lite2"  # photos_small's encoder
+REFERENCES = "val_references.json"
 CANDIDATES = 16  # of each image and of each text are looked at again
 RESAMPLES = 2000
 NO_HEAD = "no matching head was trained"
 Cells = dict[tuple[str, int, str], dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Images:
+    """What is learnt from and scored on. config: NAME of configs/pretrain/NAME.yaml and configs/finetune/captioning/NAME.yaml; pretrain, finetune:
+    settings of the two beside those."""
+
+    folder: Path
+    config: str
+    pretrain: tuple[str, ...]
+    finetune: tuple[str, ...]
+
+    def file(self, stage: str) -> str:
+        return str(ROOT / f"configs/{stage}/{self.config}.yaml")
+
+
+def drawn(scenes: Path, encoder: str, more: Sequence[str]) -> Images:
+    """Scenes, from nothing. By the mean of the text's states, and at a lower rate than the config's, a ViT learns from contrast within 150 steps."""
+    model = ("--model.image.name", encoder, "--model.image.stages", STAGES.get(encoder, "None"))
+    pretrain = (*model, "--model.text-pool", "mean", "--optimizer.lr", "6e-4", *more)
+    return Images(scenes, "tiny", pretrain, ("--optimizer.lr", "1e-3", *more))
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description="What each pretraining objective teaches, on drawn scenes.")
+    parser = argparse.ArgumentParser(description="What each pretraining objective teaches.")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (default: %(default)s)")
     parser.add_argument(
         "--encoders",
         nargs="+",
         default=["test_resnet", "test_vit"],
         metavar="NAME",
-        help="timm models that take 64 px (default: %(default)s)",
+        help="timm models that take 64 px, for drawn scenes (default: %(default)s)",
     )
     parser.add_argument("--train", type=int, default=4000, metavar="N", help="training scenes (default: %(default)s)")
     parser.add_argument("--val", type=int, default=400, metavar="N", help="held-out scenes (default: %(default)s)")
+    parser.add_argument("--photographs", type=Path, metavar="DIR", help="shards to use instead of drawn scenes")
     parser.add_argument(
         "--epochs",
         type=float,
@@ -53,17 +78,27 @@ def main() -> int:
         help="of pretraining; fine-tuning takes a quarter as many (default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/objectives"), metavar="DIR", help="(%(default)s)")
+    parser.add_argument(
+        "--set", nargs=argparse.REMAINDER, default=[], metavar="", help="last: settings of all runs, of both stages"
+    )
     arguments = parser.parse_args()
     for name in ("seeds", "train", "val", "epochs"):
         if getattr(arguments, name) <= 0:
             parser.error(f"--{name} {getattr(arguments, name)}: give more than 0")
 
-    settings = {name: getattr(arguments, name) for name in ("train", "val", "epochs")}
+    photographs, more = arguments.photographs, arguments.set
+    settings = {name: getattr(arguments, name) for name in ("epochs", "set")}
+    if photographs:
+        settings |= {"photographs": str(photographs)}
+        images = {PRETRAINED: Images(photographs, "photos_small", tuple(more), tuple(more))}
+    else:
+        settings |= {"train": arguments.train, "val": arguments.val}
+        images = {name: drawn(arguments.out / "scenes", name, more) for name in arguments.encoders}
 
     def work() -> None:
         prepare(arguments.out, settings)
-        cells = measure_all(arguments.out, arguments.encoders, arguments.seeds, settings["epochs"])
-        write_report(arguments.out, settings, arguments.encoders, arguments.seeds, cells)
+        cells = measure_all(arguments.out, images, arguments.seeds, arguments.epochs)
+        write_report(arguments.out, settings, list(images), arguments.seeds, cells)
 
     return exit_status("objectives", work)
 
@@ -72,7 +107,7 @@ def prepare(out: Path, settings: dict[str, Any]) -> None:
     """Draws the scenes, once.
 
     Raises:
-        UserError: the folder holds a comparison with other settings.
+        UserError: the folder holds a comparison with other settings, or there are no photographs.
     """
     from vlm.data.synthetic import write_scenes
     from vlm.errors import UserError
@@ -83,18 +118,23 @@ def prepare(out: Path, settings: dict[str, Any]) -> None:
         if (before := json.loads(made.read_text())) != settings:
             raise UserError(f"{out} was made with {before}, now {settings} is asked for; choose another --out.")
         return
-    shutil.rmtree(out / "scenes", ignore_errors=True)  # half drawn
-    write_scenes(out / "scenes", settings["train"], settings["val"])
+    if photographs := settings.get("photographs"):
+        if absent := [name for name in ("train", "val", REFERENCES) if not (Path(photographs) / name).exists()]:
+            raise UserError(f"{photographs} has no {absent[0]}; datasets/flickr8k/prepare.py makes such a folder.")
+        out.mkdir(parents=True, exist_ok=True)
+    else:
+        shutil.rmtree(out / "scenes", ignore_errors=True)  # half drawn
+        write_scenes(out / "scenes", settings["train"], settings["val"])
     write_json(made, settings)
 
 
-def measure_all(out: Path, encoders: Sequence[str], seeds: int, epochs: float) -> Cells:
+def measure_all(out: Path, images: dict[str, Images], seeds: int, epochs: float) -> Cells:
     """Every (encoder, seed, set), a seed after the other; those that are finished are read."""
     from vlm.files import write_json
     from vlm.train.report import duration
 
     cells: Cells = {}
-    left = list(itertools.product(encoders, range(seeds), SETS))
+    left = list(itertools.product(images, range(seeds), SETS))
     left.sort(key=lambda cell: cell[1])
     for name in [*left]:
         if (result := folder(out, *name) / "result.json").exists():
@@ -103,7 +143,7 @@ def measure_all(out: Path, encoders: Sequence[str], seeds: int, epochs: float) -
     while left:
         name = left.pop(0)
         start = time.perf_counter()
-        found = measure(out, *name, epochs)
+        found = measure(folder(out, *name), images[name[0]], *name[1:], epochs)
         found["seconds"] = time.perf_counter() - start
         write_json(folder(out, *name) / "result.json", found)
         cells[name] = found
@@ -129,26 +169,25 @@ def expected(cells: Cells, objectives: str) -> float:
     return mean(same or [cell["seconds"] for cell in cells.values()])
 
 
-def measure(out: Path, encoder: str, seed: int, objectives: str, epochs: float) -> dict[str, Any]:
+def measure(here: Path, images: Images, seed: int, objectives: str, epochs: float) -> dict[str, Any]:
     """Pretraining, its R@1, fine-tuning, its CIDEr: of each held-out image, in percent, in the order of the shards."""
-    here, scenes = folder(out, encoder, seed, objectives), out / "scenes"
-    common = ["--seed", str(seed), "--data.workers", "0", "--data.splits.train", f"{scenes}/train"]
+    pretrain, finetune = images.file("pretrain"), images.file("finetune/captioning")
+    common = ["--seed", str(seed), "--data.workers", "0", "--data.splits.train", f"{images.folder}/train"]
     weights = {name: float(i < SETS[objectives]) for i, name in enumerate(OBJECTIVES)} | {"captioning": 0.0}
-    model = ["--model.image.name", encoder, "--model.image.stages", STAGES.get(encoder, "None")]
     # Without a language head: fine-tuning makes one of masked language's, which is random where that was not trained.
-    # With the mean of the text's states, and a lower rate than the config's, a ViT learns from contrastive alone within 150 steps.
-    model += ["--model.heads", *OBJECTIVES, "--model.text-pool", "mean", "--optimizer.lr", "6e-4"]
+    model = ["--model.heads", *OBJECTIVES, *images.pretrain]
     model += [word for name, weight in weights.items() for word in (f"--objectives.{name}", str(weight))]
     length = ["--train.epochs", str(epochs), "--data.splits.val"]  # no evaluation: it is done once, below
-    vlm("train", PRETRAIN, "--out", f"{here}/pretrain", *common, *model, *length, "--resume", "auto")
-    found = retrieve(f"{here}/pretrain/latest", scenes, rerank=weights["matching"] > 0)
+    vlm("train", pretrain, "--out", f"{here}/pretrain", *common, *model, *length, "--resume", "auto")
+    rerank = weights["matching"] > 0
+    found = retrieve(pretrain, f"{here}/pretrain/latest", images.folder, images.pretrain, rerank)
 
-    start = ["--init-from", f"{here}/pretrain/latest", "--optimizer.lr", "1e-3"]
+    start = ["--init-from", f"{here}/pretrain/latest", *images.finetune]
     length[1] = str(epochs / 4)
-    vlm("train", FINETUNE, "--out", f"{here}/captioning", *common, *start, *length, "--resume", "auto")
+    vlm("train", finetune, "--out", f"{here}/captioning", *common, *start, *length, "--resume", "auto")
     run = ["--checkpoint", f"{here}/captioning/latest", "--split", "val", "--out", f"{here}/captioning/evaluation"]
-    vlm("evaluate", FINETUNE, *run, "--data.workers", "0", "--data.splits.val", f"{scenes}/val")
-    return {**found, "cider": ciders(scenes / "val_references.json", here / "captioning/evaluation/predictions.json")}
+    vlm("evaluate", finetune, *run, "--data.workers", "0", "--data.splits.val", f"{images.folder}/val")
+    return {**found, "cider": ciders(images.folder / REFERENCES, here / "captioning/evaluation/predictions.json")}
 
 
 def vlm(*arguments: str) -> None:
@@ -160,7 +199,7 @@ def vlm(*arguments: str) -> None:
         raise Stopped(f"vlm {arguments[0]}", status)
 
 
-def retrieve(checkpoint: str, scenes: Path, rerank: bool) -> dict[str, Any]:
+def retrieve(file: str, checkpoint: str, folder: Path, settings: Sequence[str], rerank: bool) -> dict[str, Any]:
     """R@1 of each held-out image by the embeddings, and after a second look by the matching head, or None without."""
     import torch
 
@@ -170,8 +209,8 @@ def retrieve(checkpoint: str, scenes: Path, rerank: bool) -> dict[str, Any]:
     from vlm.tasks.reranking import rerank as look_again
     from vlm.train import distributed
 
-    wanted = ["--init-from", checkpoint, "--data.workers", "0", "--retrieval.rerank", str(CANDIDATES)]
-    config = load_config(PRETRAIN, [*wanted, "--data.splits.val", f"{scenes}/val"])
+    wanted = ["--init-from", checkpoint, "--data.workers", "0", "--retrieval.rerank", str(CANDIDATES), *settings]
+    config = load_config(file, [*wanted, "--data.splits.val", f"{folder}/val"])
     sets = load_sets(config.data.splits.val, "data.splits.val")
     parts = build_parts(config, sets)
     ranks = distributed.start()
@@ -181,29 +220,36 @@ def retrieve(checkpoint: str, scenes: Path, rerank: bool) -> dict[str, Any]:
         records = [record for batch in batches for record in task.predict(batch.to(ranks.device))]
         similarity = np.stack([r["image"] for r in records]) @ np.concatenate([r["texts"] for r in records]).T
         texts = join_texts([text for r in records for text in r["ids"]], parts.tokenizer.pad_id, ranks.device)
-        owners = caption_ids([text for r in records for text, _ in r["ids"]])
-        found = {"images": [r["key"] for r in records], "embeddings": right_first(similarity, owners), "reranked": None}
+        images, owners = image_ids([[tuple(text) for text, _ in r["ids"]] for r in records])
+        found = {"images": [r["key"] for r in records], "reranked": None}
+        found["embeddings"] = right_first(similarity, images, owners)
         if rerank:
             tokens = torch.from_numpy(np.stack([r["tokens"] for r in records]))
             scores = look_again(task.model, tokens, texts, similarity, CANDIDATES, "matching")
-            found["reranked"] = right_first(scores, owners)
+            found["reranked"] = right_first(scores, images, owners)
         return found
     finally:
         distributed.stop()
 
 
-def caption_ids(captions: Sequence[Any]) -> list[int]:
-    """A number for each caption, the same for equal ones: a scene's caption is as right for every scene that it describes."""
-    known: dict[Any, int] = {}
-    return [known.setdefault(tuple(caption), len(known)) for caption in captions]
+def image_ids(captions: Sequence[Sequence[Any]]) -> tuple[list[int], list[int]]:
+    """Of each image's captions, the images' ids and the texts': where an image has one, as of a drawn scene, it is as right for every image of which
+    the same is said."""
+    if all(len(texts) == 1 for texts in captions):
+        known: dict[Any, int] = {}
+        same = [known.setdefault(text, len(known)) for (text,) in captions]
+        return same, same
+    return list(range(len(captions))), [image for image, texts in enumerate(captions) for _ in texts]
 
 
-def right_first(scores: NDArray, owners: Sequence[int]) -> list[float]:
-    """For N images with one text each and scores (N, N): 100, 50 or 0, as both, one or none of image and text find a right one first."""
+def right_first(scores: NDArray, images: Sequence[int], owners: Sequence[int]) -> list[float]:
+    """For scores (N, M) of images and texts with these ids: 100 where image and all its texts find a right one first; the image counts half, its
+    texts the other half. Texts stand in the order of their images, as many of each."""
     from vlm.metrics.retrieval import retrieval_scores
 
-    ranks = retrieval_scores(scores, owners, owners)
-    found: list[float] = (50.0 * ((ranks.image_ranks < 1).astype(float) + (ranks.text_ranks < 1))).tolist()
+    ranks = retrieval_scores(scores, images, owners)
+    texts = (ranks.text_ranks < 1).reshape(len(images), -1).mean(1)
+    found: list[float] = (50.0 * ((ranks.image_ranks < 1) + texts)).tolist()
     return found
 
 
@@ -211,7 +257,9 @@ def ciders(references: Path, predictions: Path) -> list[float]:
     """CIDEr of each image, in percent."""
     from vlm.metrics.captions import caption_scores
 
-    known = {a["image_id"]: [a["caption"]] for a in json.loads(references.read_text())["annotations"]}
+    known: dict[Any, list[str]] = {}
+    for a in json.loads(references.read_text())["annotations"]:
+        known.setdefault(a["image_id"], []).append(a["caption"])
     said = {p["image_id"]: p["caption"] for p in json.loads(predictions.read_text())}
     found = caption_scores(known, said).cider_per_image
     return [100 * found[image] for image in said]
@@ -291,9 +339,8 @@ def write_report(out: Path, settings: dict[str, Any], encoders: Sequence[str], s
     seconds = {" / ".join(map(str, name)): cell["seconds"] for name, cell in cells.items()}
     write_json(out / "results.json", {"settings": settings, "seeds": seeds, **summary, "seconds": seconds})
     print("\n".join(lines(summary)))
-    print(
-        f"\n{settings['val']} held-out scenes, {seeds} seeds; for contrastive alone there is no second look: {NO_HEAD}"
-    )
+    held_out = f"{len(next(iter(cells.values()))['images'])} held-out images"
+    print(f"\n{held_out}, {seeds} seeds; for contrastive alone there is no second look: {NO_HEAD}")
     print(f"there, and + matching, re-ranked, is compared with its embeddings. Written to {out}/results.json")
 
 

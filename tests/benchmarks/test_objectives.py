@@ -75,7 +75,7 @@ def test_scaled_down_and_gone_on_with(run: Run, tmp_path: Path, capsys: pytest.C
     assert "$ vlm" not in capsys.readouterr().err
 
     assert run(*TINY, "--epochs", "2", "--out", str(tmp_path / "run")) == 1
-    assert "was made with {'train': 64, 'val': 8, 'epochs': 1.0}, now" in capsys.readouterr().err
+    assert "was made with {'epochs': 1.0, 'set': [], 'train': 64, 'val': 8}, now" in capsys.readouterr().err
 
 
 def check_equal_but_for_the_objectives(seed: Path) -> None:
@@ -151,20 +151,33 @@ def test_the_interval_is_the_library_s_and_covers_seeds_too(benchmark: dict[str,
     assert 20 < low < values.mean() < high < 60
 
 
-def test_equal_captions_are_as_right(benchmark: dict[str, Any]) -> None:
-    ids = benchmark["caption_ids"]([[5, 6], [7], [5, 6]])
-    assert ids == [0, 1, 0]
+def test_equal_captions_of_single_ones_are_as_right(benchmark: dict[str, Any]) -> None:
+    images, texts = benchmark["image_ids"]([[(5, 6)], [(7,)], [(5, 6)]])
+    assert (images, texts) == ([0, 1, 0], [0, 1, 0])
     #                  text 0, 1, 2
     scores = np.array([[0.1, 0.0, 0.9], [0.5, 0.4, 0.3], [0.8, 0.3, 0.2]])
     # images 0 and 2 find each other's text, which is their own too; image 1 finds another's, but its text finds it
-    assert benchmark["right_first"](scores, ids) == [100, 50, 100]
-    assert benchmark["right_first"](scores, [0, 1, 2]) == [0, 50, 0]
+    assert benchmark["right_first"](scores, images, texts) == [100, 50, 100]
+    assert benchmark["right_first"](scores, [0, 1, 2], [0, 1, 2]) == [0, 50, 0]
+
+
+def test_of_several_captions_each_counts_its_share(benchmark: dict[str, Any]) -> None:
+    images, texts = benchmark["image_ids"]([[(5,), (6,)], [(5,), (7,)]])
+    assert (images, texts) == ([0, 1], [0, 0, 1, 1])
+    scores = np.array([[0.9, 0.1, 0.2, 0.3], [0.1, 0.5, 0.4, 0.1]])
+    # image 0 finds its text, one of whose two finds it; image 1 finds a stranger's, and one of its texts finds it
+    assert benchmark["right_first"](scores, images, texts) == [75, 25]
 
 
 def test_what_is_left_takes_as_long_as_the_like_of_it(benchmark: dict[str, Any]) -> None:
     cells = {("net", 0, "contrastive"): {"seconds": 10.0}, ("net", 0, "+ matching"): {"seconds": 30.0}}
     assert benchmark["expected"](cells, "+ matching") == 30
     assert benchmark["expected"](cells, "+ masked language") == 20
+
+
+def test_photographs_that_are_not_there_are_named(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--photographs", str(tmp_path), "--out", str(tmp_path / "run")) == 1
+    assert f"{tmp_path} has no train; datasets/flickr8k/prepare.py makes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--epochs", "-1"], ["--train", "many"], ["more"]])

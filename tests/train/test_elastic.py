@@ -81,6 +81,7 @@ Start = Callable[..., list[int]]
 def agent() -> Iterator[Start]:
     """agent(config file, restarts): starts two ranks, of which the second dies in step 4 where `restarts` is 0; their exit statuses."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONFAULTHANDLER"] = "1"  # a rank that dies by itself says where
     process = subprocess.Popen(
         [sys.executable, "-c", AGENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     )
