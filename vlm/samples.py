@@ -115,7 +115,8 @@ class SampleBook:
         texts = join_texts([(ids, prompt) for ids, prompt, _ in chosen.pool], model.config.text.pad_id, model.device)
         embeddings = model.encode_text(texts.ids, texts.mask).embedding
         assert embeddings is not None
-        scores = (features.embedding.float() @ embeddings.float().T).cpu().numpy()
+        # In numpy, as evaluation does: autocast would make the product bf16.
+        scores = features.embedding.float().cpu().numpy() @ embeddings.float().cpu().numpy().T
         if settings.rerank:
             scores = rerank(model, features.tokens.half().cpu(), texts, scores, settings.rerank, settings.by)
         captions = np.array([caption for *_, caption in chosen.pool], dtype=object)
