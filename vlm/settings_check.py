@@ -38,7 +38,7 @@ FROM_0 = (
         "objectives.answering",
         "objectives.self_critical",
     ),
-    *("objectives.queue", "objectives.alpha_ramp", "retrieval.rerank"),
+    *("objectives.queue", "objectives.alpha_ramp", "objectives.easy_negatives", "retrieval.rerank"),
 )
 SHARES = (
     *("model.text.dropout", "model.text.attention_dropout", "model.image.drop_path", "objectives.label_smoothing"),

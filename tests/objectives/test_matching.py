@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import profile
 
+from vlm.config import ObjectivesConfig
 from vlm.data.batch import Batch
 from vlm.model.vision_language import ImageFeatures, TextFeatures, VisionLanguageModel
 from vlm.objectives.matching import Matching, eligibility, sample_negatives
 from vlm.objectives.objective import Features as SharedFeatures
+from vlm.tasks.pretraining import Pretraining
 
 MakeBatch = Callable[..., Batch]
 Features = Callable[[Batch, Tensor, Tensor], Any]
@@ -223,3 +225,44 @@ def test_a_new_model_learns_pairs_by_heart_from_hard_negatives(
         optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-5:]) / 5 < 0.5
+
+
+def test_negatives_are_drawn_evenly_at_first_and_become_hard(
+    heads: Any, make_batch: MakeBatch, make_features: Features
+) -> None:
+    matching, batch = Matching(easy=2.0), make_batch(texts(4))
+    likeness = torch.eye(4) + 10 * torch.eye(4).roll(1, 0)  # each image has one text that is far more alike than others
+    features = make_features(batch, likeness, torch.eye(4))
+    matching.prepare(epoch_steps=5)
+
+    def shares() -> Tensor:
+        counts = torch.zeros(4, 4)
+        for _ in range(600):
+            _, images, negatives = matching.requests(heads, features, batch)
+            counts[torch.arange(4), images.memory_rows] += 1
+            counts[torch.arange(4), negatives.text_rows] += 1
+        return counts / counts.sum(1, keepdim=True)
+
+    torch.manual_seed(0)
+    others = ~torch.eye(4, dtype=torch.bool)
+    assert shares()[others].tolist() == pytest.approx([1 / 3] * 12, abs=0.06)  # 4.4 standard deviations
+    hardness = []
+    for _ in range(25):
+        hardness.append(float(matching.hardness))
+        matching.after_step(torch.tensor(True))
+        matching.after_step(torch.tensor(False))  # skipped: no step
+    assert hardness == pytest.approx([0.0] * 10 + [i / 10 for i in range(10)] + [1.0] * 5)
+    assert shares().max(1).values.min() > 0.49  # of the two kinds of negatives one is as good as always the same
+    assert Matching().hardness == 1.0
+    assert Matching().state_dict() == {}
+
+
+def test_where_the_curriculum_stands_survives_a_restart(tiny_model: Callable[..., VisionLanguageModel]) -> None:
+    config = ObjectivesConfig(easy_negatives=1.5)
+    task, resumed = Pretraining(tiny_model(), config), Pretraining(tiny_model(), config)
+    for t in (task, resumed):
+        t.prepare(4)
+    for _ in range(8):
+        task.after_step()
+    resumed.load_training_state(task.training_state())
+    assert float(resumed.objectives["matching"].hardness) == pytest.approx(8 / 6 - 1)  # type: ignore[attr-defined]

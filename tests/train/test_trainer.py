@@ -175,7 +175,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
 ) -> None:
     """In an epoch, at its end where an evaluation is due, and past it; with dropout, negatives drawn at random, averaging, teacher and queue."""
     chance = {"train.averaging": 0.9, "data.randaugment": [1, 5]}
-    teacher = {"objectives.momentum": 0.9, "objectives.queue": 20}
+    teacher = {"objectives.momentum": 0.9, "objectives.queue": 20, "objectives.easy_negatives": 0.5}
     settings = {**ALL_OBJECTIVES, **chance, **teacher, "train.epochs": 1.5, "train.deterministic": True}
     whole = make_config({**settings, "out": str(tmp_path / "whole")})
     train(whole)

@@ -45,6 +45,9 @@ class ObjectivesConfig:
     negatives: Literal["local", "joined"] = "local"
     """Where matching looks for hard negatives and word_patch for other images: in this rank's micro-batch, or in those of all ranks (as BLIP may:
     image tokens are sent around)."""
+    easy_negatives: float = 0.0
+    """Epochs at the start in which matching draws its negatives evenly; over as many more they become hard. 0: hard at once (ALBEF, BLIP). A model
+    that starts without trained fusion layers learns matching much sooner with it; fractions allowed."""
     masking_probability: float = 0.15
     """Share of the tokens hidden for masked_language."""
     whole_words: bool = False

@@ -4,6 +4,9 @@ Letters: B images, T texts (one for each image in training) of this rank, W rank
 
 The family's notorious crash, `multinomial: sum of probabilities <= 0`, cannot happen here: negatives are drawn in fp32 over the eligible columns
 only, by the largest of the logits with Gumbel noise, and a row without any points at itself with weight 0. Nothing waits for the device.
+
+Hard negatives from the first step teach a new model nothing for hundreds of steps: the loss stands at that of guessing (0.637, one match of three),
+while evenly drawn ones bring it down from step 100 on (benchmarks/RESULTS.md). Hence `easy`, a curriculum (Bengio et al. 2009).
 """
 
 from collections.abc import Sequence
@@ -11,7 +14,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm.data.batch import Batch
 from vlm.model.vision_language import TextFeatures, VisionLanguageModel
@@ -19,17 +22,37 @@ from vlm.objectives.objective import Features, Loss, Pass, exact
 from vlm.objectives.pairs import comparable, gather, pairs, rank, world
 
 
-class Matching:
+class Matching(nn.Module):
     """Three pairs for each text: its own image, a hard negative image, and its image with a hard negative text.
 
     negatives: local, from this rank's batch; joined, from all ranks' (Li et al. 2022): image tokens and texts are exchanged with their gradients,
-    and texts must be of one length on all ranks (`Batch.lengthened`).
+    and texts must be of one length on all ranks (`Batch.lengthened`). easy: for so many epochs negatives are drawn evenly, and become as hard as
+    the similarities say over as many more; 0: hard at once, as published.
     """
 
     scope: Literal["pair", "micro"] = "micro"
+    steps: Tensor
 
-    def __init__(self, negatives: Literal["local", "joined"] = "local") -> None:
-        self.negatives = negatives
+    def __init__(self, negatives: Literal["local", "joined"] = "local", easy: float = 0.0) -> None:
+        super().__init__()
+        self.negatives, self.easy, self.easy_steps = negatives, easy, 0.0
+        if easy:
+            self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def prepare(self, epoch_steps: int) -> None:
+        """Once, before training: how many optimizer steps an epoch has."""
+        self.easy_steps = self.easy * epoch_steps
+
+    @torch.no_grad()
+    def after_step(self, taken: Tensor | None = None) -> None:
+        """After each optimizer step; taken: () bool on the device, false where it was skipped."""
+        if self.easy:
+            self.steps += 1 if taken is None else taken
+
+    @property
+    def hardness(self) -> Tensor | float:
+        """What the logits of negatives are multiplied with at the present step: 0, all alike, to 1; () on the device where it changes."""
+        return (self.steps / self.easy_steps - 1).clamp(0, 1) if self.easy_steps else 1.0
 
     @property
     def _joined(self) -> bool:
@@ -48,8 +71,9 @@ class Matching:
             mine = pairs(features.image.embedding, text.embedding, batch)
             images, texts = (gather(mine.image), gather(mine.text)) if self._joined else (mine.image, mine.text)
             itself = rows + rank() * len(own) if self._joined else rows
-            negative_text = sample_negatives(mine.image @ texts.T / model.temperature, eligible, itself)
-            negative_image = sample_negatives((images @ mine.text.T / model.temperature).T, eligible, itself)
+            hardness, temperature = self.hardness, model.temperature
+            negative_text = sample_negatives(mine.image @ texts.T / temperature * hardness, eligible, itself)
+            negative_image = sample_negatives((images @ mine.text.T / temperature * hardness).T, eligible, itself)
         if not self._joined:
             return [Pass(rows, own), Pass(rows, own[negative_image]), Pass(negative_text, own)]
         # Tokens travel, not keys and values, of which every layer has its own: the T chosen ones are projected here.

@@ -41,7 +41,7 @@ def build_objectives(
     encoder, text = model.image_encoder, model.config.text
     known: dict[str, Callable[[], Objective]] = {
         "contrastive": SigmoidContrastive if config.contrastive_loss == "sigmoid" else Contrastive,
-        "matching": lambda: Matching(config.negatives),
+        "matching": lambda: Matching(config.negatives, config.easy_negatives),
         "masked_language": MaskedLanguage,
         "masked_image": lambda: MaskedImage(encoder, text if config.masked_image_text else None),
         "word_patch": lambda: WordPatch(encoder.dim, text.dim, config.negatives),
@@ -107,12 +107,15 @@ class Pretraining(Task):
         return said
 
     def prepare(self, epoch_steps: int) -> None:
-        if self.teacher is not None:
-            self.teacher.prepare(epoch_steps)
+        for part in (self.teacher, self.objectives.get("matching")):
+            if isinstance(part, Teacher | Matching):
+                part.prepare(epoch_steps)
 
     def after_step(self, taken: Tensor | None = None) -> None:
         """The temperature is clamped before the teacher averages it."""
         super().after_step(taken)
+        if isinstance(matching := self.objectives.get("matching"), Matching):
+            matching.after_step(taken)
         if self.teacher is not None:
             self.teacher.update(self.model, taken)
 
