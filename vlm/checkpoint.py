@@ -145,6 +145,7 @@ def model_card(config: Config, scores: dict[str, Any]) -> str:
         "",
         "```python",
         "from vlm.predictor import Predictor",
+        "",
         f'predictor = Predictor.load("{config.out}/best")',
         'print(predictor.caption(["img.jpg"])[0].text)',
         "```",

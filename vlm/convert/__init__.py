@@ -219,7 +219,8 @@ def converted_card(task: str, heads: Sequence[Head], source: str, target: Path) 
         (
             *("---", "library_name: vlm", f"pipeline_tag: {pipeline}", "---", f"# {target.name}", ""),
             f"Converted from {source}; its licence and data are those of its source.",
-            *("", "```python", "from vlm.predictor import Predictor", f'predictor = Predictor.load("{target}")', use),
+            *("", "```python", "from vlm.predictor import Predictor", ""),
+            *(f'predictor = Predictor.load("{target}")', use),
             *("```", ""),
         )
     )
