@@ -333,9 +333,10 @@ def test_too_few_batches_for_one_step(make_config: MakeConfig) -> None:
 
 
 def test_term_saves_and_leaves_with_3_and_resume_ends_the_run(
-    nested: Callable[..., dict[str, Any]], tmp_path: Path
+    nested: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a cluster does it, with the real command in a process of its own and a worker that must not die of the signal."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for each other on a busy machine take minutes
     values = nested({"train.epochs": 10, "train.save_every": 1000, "data.splits.val": [], "data.workers": 1})
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     out = Path(values["out"])
