@@ -14,7 +14,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,14 @@ from typing import Any
 import numpy as np
 from commands import Stopped, exit_status
 from numpy.typing import NDArray
+from objectives_summary import MEASURES, NO_HEAD, SETS, Cells, lines, summarize
 
 ROOT = Path(__file__).resolve().parent.parent
 OBJECTIVES = ("contrastive", "matching", "masked_language")
-SETS = {"contrastive": 1, "+ matching": 2, "+ masked language": 3}  # how many of OBJECTIVES, each with weight 1
 STAGES = {"test_resnet": "3"}  # for 4 x 4 image tokens of 64 px; other encoders are whole
-MEASURES = {"embeddings": "R@1, embeddings", "reranked": "R@1, re-ranked", "cider": "CIDEr"}
 PRETRAINED = "tf_efficientnet_lite2"  # photos_small's encoder
 REFERENCES = "val_references.json"
 CANDIDATES = 16  # of each image and of each text are looked at again
-RESAMPLES = 2000
-NO_HEAD = "no matching head was trained"
-Cells = dict[tuple[str, int, str], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -263,72 +259,6 @@ def ciders(references: Path, predictions: Path) -> list[float]:
     said = {p["image_id"]: p["caption"] for p in json.loads(predictions.read_text())}
     found = caption_scores(known, said).cider_per_image
     return [100 * found[image] for image in said]
-
-
-def interval(values: NDArray) -> tuple[float, float]:
-    """95 % of the means of resamples of values (S, N), of which both the S seeds and the N images are drawn anew; with one seed as
-    vlm.metrics.interval.
-    """
-    seeds, images = values.shape
-    generator = np.random.default_rng(0)
-    times = generator.multinomial(images, np.full(images, 1 / images), RESAMPLES)
-    seed_times = generator.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES)
-    means = ((seed_times @ values) * times).sum(1) / values.size
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def verdict(low: float, high: float) -> str:
-    """What the interval of a difference says."""
-    return "rises" if low > 0 else "falls" if high < 0 else "not told apart"
-
-
-def summarize(encoders: Sequence[str], seeds: int, cells: Cells) -> dict[str, Any]:
-    """Means of each set and differences between one and the next, with their intervals and the seeds' own means.
-
-    For contrastive alone there is no second look: + matching, re-ranked, is compared with its embeddings.
-    """
-    scores, differences = [], []
-    for encoder, (measure, title) in itertools.product(encoders, MEASURES.items()):
-        before: NDArray | None = None
-        for name in SETS:
-            runs = [cells[encoder, seed, name] for seed in range(seeds)]
-            row = {"encoder": encoder, "set": name, "measure": title}
-            shown = measure if runs[0][measure] is not None else "embeddings"
-            values = np.array([run[shown] for run in runs])
-            scores.append(row | (_told(values) if shown == measure else {"missing": NO_HEAD}))
-            if before is not None:
-                told = _told(values - before)
-                differences.append(row | told | {"verdict": verdict(told["low"], told["high"])})
-            before = values
-    return {"scores": scores, "differences": differences}
-
-
-def _told(values: NDArray) -> dict[str, Any]:
-    low, high = interval(values)
-    return {"mean": float(values.mean()), "low": low, "high": high, "by_seed": values.mean(1).tolist()}
-
-
-def lines(summary: dict[str, Any]) -> Iterator[str]:
-    """Two tables in Markdown."""
-    yield "| encoder | objectives | " + " | ".join(MEASURES.values()) + " |"
-    yield "| --- | --- |" + " --- |" * len(MEASURES)
-    rows = {(r["encoder"], r["set"], r["measure"]): r for r in summary["scores"]}
-    for encoder, name in dict.fromkeys((r["encoder"], r["set"]) for r in summary["scores"]):
-        found = [rows[encoder, name, title] for title in MEASURES.values()]
-        yield f"| {encoder} | {name} | " + " | ".join(_shown(row) for row in found) + " |"
-    yield ""
-    yield "| encoder | what is added | measure | difference | by seed | verdict |"
-    yield "| --- | --- | --- | --- | --- | --- |"
-    for r in summary["differences"]:
-        seeds = ", ".join(f"{value:+.1f}" for value in r["by_seed"])
-        yield f"| {r['encoder']} | {r['set']} | {r['measure']} | {_shown(r, '+')} | {seeds} | {r['verdict']} |"
-
-
-def _shown(row: dict[str, Any], sign: str = "") -> str:
-    if "missing" in row:
-        return f"none: {row['missing']}"
-    return f"{row['mean']:{sign}.1f} ({row['low']:{sign}.1f} to {row['high']:{sign}.1f})"
 
 
 def write_report(out: Path, settings: dict[str, Any], encoders: Sequence[str], seeds: int, cells: Cells) -> None:

@@ -23,8 +23,8 @@ class Task(nn.Module):
     """The base of every task.
 
     Attributes: `model`; `weights`, of each loss in the total; `metric`, the score that selects the best checkpoint (higher is better);
-    `learned`, the objectives that have parameters of their own, which the trainer trains beside the model's; `paired`, those of scope pair;
-    `blank_images`, whether images are replaced by grey; `reads_texts`, whether an objective reads the states of the plain texts; `compares`,
+    `learned`, the objectives that have parameters, which the trainer trains beside the model's, or a state of their own; `paired`, those of scope
+    pair; `blank_images`, whether images are replaced by grey; `reads_texts`, whether an objective reads the states of the plain texts; `compares`,
     whether ranks compare their texts with each other's; `exchanges_texts`, whether they send the tokens; `rate_factors`, by parameter a factor of
     its learning rate, 1 where it is not named.
     """
