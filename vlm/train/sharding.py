@@ -6,6 +6,7 @@ on a CPU) is no unit of its own, and evaluation, whose captions end at different
 """
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -39,9 +40,11 @@ class Sharding:
             return
         if kind == "ddp":
             devices = [ranks.device.index] if ranks.device.type == "cuda" else None
-            self.module = DistributedDataParallel(
-                task, device_ids=devices, broadcast_buffers=False, find_unused_parameters=True
-            )
+            # PyTorch's newer name for it, whose older one warns at every start.
+            known = inspect.signature(DistributedDataParallel).parameters
+            name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            buffers: dict[str, Any] = {name: False}
+            self.module = DistributedDataParallel(task, device_ids=devices, find_unused_parameters=True, **buffers)
             return
         _check(task)
         self._copy = copy.deepcopy(task.model).requires_grad_(False).cpu()
