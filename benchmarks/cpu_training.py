@@ -1,4 +1,4 @@
-"""A captioning step on a CPU, with and without folded batch norm and kept memory: python benchmarks/cpu_training.py [--runs 3]
+"""A captioning step on a CPU, with and without folded batch norm, kept memory and bf16: python benchmarks/cpu_training.py [--runs 3]
 
 The image encoder trains its last two stages only, as configs/finetune/captioning/photos_small.yaml does, on random weights and content. Each
 variant runs in a process of its own, all in turn, so that a change of the machine's speed meets all; medians.
@@ -10,7 +10,13 @@ import statistics
 import subprocess
 import sys
 
-VARIANTS = {"as it is": (False, False), "folded": (True, False), "kept memory": (False, True), "both": (True, True)}
+VARIANTS = {
+    "as it is": (False, False, "bf16"),
+    "folded": (True, False, "bf16"),
+    "kept memory": (False, True, "bf16"),
+    "both": (True, True, "bf16"),
+    "both, fp32": (True, True, "fp32"),
+}
 
 
 def main() -> int:
@@ -56,7 +62,7 @@ def main() -> int:
     return 0
 
 
-def measure(image_encoder: str, batch: int, texts: int, fold: bool, keep: bool) -> dict[str, float]:
+def measure(image_encoder: str, batch: int, texts: int, fold: bool, keep: bool, precision: str) -> dict[str, float]:
     """Median seconds of a step, its page faults, and the largest size of the process."""
     import resource
     import time
@@ -70,6 +76,7 @@ def measure(image_encoder: str, batch: int, texts: int, fold: bool, keep: bool) 
     from vlm.model.vision_language import VisionLanguageModel
     from vlm.objectives.captioning import Captioning
     from vlm.tasks.task import Task
+    from vlm.train.precision import autocast
 
     if keep:
         keep_freed_memory()
@@ -87,7 +94,7 @@ def measure(image_encoder: str, batch: int, texts: int, fold: bool, keep: bool) 
 
     def step() -> float:
         start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(precision, torch.device("cpu")):
             loss = task(given)["captioning"]
         (loss.sum / loss.count).backward()
         optimizer.step()

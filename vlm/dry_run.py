@@ -16,6 +16,7 @@ from vlm.train import distributed
 from vlm.train.compiling import Compiled, watch_compiling
 from vlm.train.cost import held, peak_memory
 from vlm.train.distributed import Ranks
+from vlm.train.precision import settled
 from vlm.train.report import say
 from vlm.train.trainer import Trainer
 
@@ -24,7 +25,7 @@ def dry_run(config: Config) -> None:
     """Shows what `train` would do: settings, parameters by part, the first batch, and the time of one step; writes nothing."""
     ranks = start()
     try:
-        _dry_run(config, ranks)
+        _dry_run(settled(config, ranks), ranks)
     finally:
         distributed.stop()
 

@@ -27,7 +27,7 @@ from vlm.quantize import quantize
 from vlm.tasks.task import Record, Task
 from vlm.train import distributed
 from vlm.train.distributed import Ranks
-from vlm.train.precision import autocast
+from vlm.train.precision import autocast, settled
 from vlm.train.report import number, say
 
 PACKAGES = ("torch", "torchvision", "timm", "tokenizers", "webdataset", "pillow")
@@ -90,6 +90,7 @@ def evaluate(
     held_out = load_sets(folders, f"data.splits.{split}", config.data.cache)
     ranks = start()
     try:
+        config = settled(config, ranks)
         given, checkpoint = checkpoint, local_folder(checkpoint)
         model, _ = load_pretrained(checkpoint)
         parts = Parts(dataclasses.replace(config, model=model.config), Tokenizer.load(checkpoint), model)

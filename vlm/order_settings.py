@@ -1,4 +1,4 @@
-"""The number of streams where the settings leave it open, also of a run that goes on."""
+"""What the settings leave open: the number of streams, and what a run that goes on began with."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,13 +16,19 @@ def streams_of(data: DataConfig, sets: Sequence[ShardSet]) -> int:
 
 
 def as_begun(config: Config, out: Path) -> Config:
-    """The settings with the streams that the run in `out` began with, where they leave that open: before there was a choice it was 64."""
+    """The settings with the streams and the precision that the run in `out` began with, where they leave these open.
+
+    Before there was a choice, streams were 64.
+    """
     import yaml
 
     try:
-        began = yaml.safe_load((out / "config.yaml").read_text())["data"]["streams"]
+        began = yaml.safe_load((out / "config.yaml").read_text())
+        streams, precision = began["data"]["streams"], began["train"]["precision"]
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         return config
-    if config.data.streams is not None or not isinstance(began, int):
-        return config
-    return replace(config, data=replace(config.data, streams=began))
+    if config.data.streams is None and isinstance(streams, int):
+        config = replace(config, data=replace(config.data, streams=streams))
+    if config.train.precision == "auto":
+        config = replace(config, train=replace(config.train, precision=precision))
+    return config

@@ -35,6 +35,7 @@ from vlm.settings_check import check_lengths
 from vlm.tasks.task import Task
 from vlm.train import distributed
 from vlm.train.distributed import Ranks
+from vlm.train.precision import settled
 from vlm.train.report import say
 from vlm.train.state import load_state
 from vlm.train.trackers import check_trackers
@@ -71,6 +72,7 @@ def _train(config: Config, ranks: Ranks, resume: bool) -> dict[str, Any]:
         )
     if resuming:
         config = as_begun(config, out)
+    config = settled(config, ranks)
     built = build_run(config, ranks)
     parts, held_out, loader = built.parts, built.held_out, built.loader
     evaluators = {name: evaluation_loader(config, parts, shards, ranks) for name, shards in named(held_out).items()}

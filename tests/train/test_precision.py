@@ -1,20 +1,24 @@
-"""fp16: what is learned is what fp32 learns, an overflow is skipped without being held against the run, and going on is exact."""
+"""auto: what the device is fast in. fp16: what is learned is what fp32 learns, an overflow is skipped without being held against the run, and
+going on is exact."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from vlm.build import build_parts, build_task, load_sets, training_loader
-from vlm.config import Config
+from vlm.config import Config, TrainConfig
 from vlm.errors import UserError
+from vlm.order_settings import as_begun
 from vlm.run import train
 from vlm.tasks.pretraining import Pretraining
 from vlm.tasks.task import Task
 from vlm.train.distributed import Ranks
-from vlm.train.precision import LOWEST_SCALE, Precision, autocast
+from vlm.train.precision import LOWEST_SCALE, Precision, autocast, fastest, settled
 from vlm.train.report import read_json_lines
 from vlm.train.trainer import Trainer
 
@@ -60,6 +64,44 @@ def start_at(monkeypatch: pytest.MonkeyPatch, scale: float, grow: int = 2000) ->
 def test_matrix_products_run_in_the_precision_asked_for(name: str, dtype: torch.dtype) -> None:
     with autocast(name, CPU):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("known", "name"),
+    [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx2": True, "avx512_bf16": False}, "fp32")],
+)
+def test_auto_is_bf16_only_where_the_cpu_has_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, known: dict[str, bool], name: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    assert settled(Config(), ALONE).train.precision == name
+    asked = Config(train=TrainConfig(precision="fp16"))
+    assert settled(asked, ALONE) == asked
+
+
+def test_auto_is_fp16_on_a_gpu_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has, name in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
+        assert fastest(torch.device("cuda")) == name
+
+
+def test_ranks_that_differ_train_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ranks, "gather", lambda self, items: [*items, "fp16"])
+    assert settled(Config(), ALONE).train.precision == "fp32"
+
+
+def test_a_run_goes_on_in_the_precision_that_auto_gave_it(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another machine, with other instructions, does not change it; a request does."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    config = make_config({"train.precision": "auto", "train.epochs": 0.34, "data.splits.val": []})
+    train(config)
+    assert yaml.safe_load(Path(config.out, "config.yaml").read_text())["train"]["precision"] == "fp32"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    assert as_begun(config, Path(config.out)).train.precision == "fp32"
+    asked = replace(config, train=replace(config.train, precision="bf16"))
+    assert as_begun(asked, Path(config.out)).train.precision == "bf16"
 
 
 def test_one_step_in_fp16_is_that_of_fp32_but_for_rounding(make_config: MakeConfig) -> None:

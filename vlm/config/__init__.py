@@ -197,8 +197,9 @@ class TrainConfig:
     accumulate: int = 1
     """Micro-batches an optimizer step: as many times less memory. The contrastive loss still compares the whole batch, with its exact gradients, for
     which images and texts are encoded twice; hard negatives come from the micro-batch."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """fp32, or bf16 or fp16 autocast, on the CPU and on a GPU; fp16, with a scaled loss, for GPUs without bf16."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """fp32, or bf16 or fp16 autocast, on the CPU and on a GPU. auto: bf16 where the device has instructions for it, else fp16 (with a scaled
+    loss) on a GPU, fp32 on a CPU; a run that is resumed keeps what it began with."""
     sharding: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun. ddp: every rank holds the whole model. fsdp: in pieces (FSDP2), for models that do not fit; see docs/distributed.md."""
     compile: bool = False

@@ -1,19 +1,44 @@
 """The numbers that a step is computed in: fp32, or autocast to bf16 or fp16; fp16 with a scaled loss, as small gradients would otherwise be 0."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from vlm.config import Config
+from vlm.train.distributed import Ranks
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOWEST_SCALE = 1.0
 """Where the scale stops falling: a gradient that overflows unscaled will not be mended by a smaller scale."""
 
 
+def fastest(device: torch.device) -> str:
+    """The precision that the device has instructions for: bf16 where it has, else fp16 on a GPU and fp32 on a CPU.
+
+    A CPU without them computes bf16 by conversions, several times slower than fp32 (benchmarks/RESULTS.md, "Precision on a CPU").
+    """
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    # x86's names alone: what other processors make of bf16 was not measured
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16" if known.get("amx_bf16") or known.get("avx512_bf16") else "fp32"
+
+
+def settled(config: Config, ranks: Ranks) -> Config:
+    """The settings with a precision in place of "auto": the device's fastest, fp32 where ranks differ in it. Every rank must ask."""
+    if config.train.precision != "auto":
+        return config
+    names = set(ranks.gather([fastest(ranks.device)]))
+    return replace(config, train=replace(config.train, precision=names.pop() if len(names) == 1 else "fp32"))
+
+
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """What forward passes run in: matrix products and convolutions in half precision, or everything as it is."""
-    return torch.autocast(device.type, HALVES.get(precision), enabled=precision in HALVES)
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
 class _Scaler(GradScaler):
