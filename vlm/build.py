@@ -11,12 +11,14 @@ from vlm.checkpoint import read_answers, read_trained_on
 from vlm.config import CacheConfig, Config, Head, ModelConfig
 from vlm.data.encoders import answers_questions as answers_questions
 from vlm.data.encoders import sample_encoder as sample_encoder
+from vlm.data.encoders import training_transform
 from vlm.data.hiding import PatchHiding, patch_hiding
 from vlm.data.index import ShardSet, list_shards, load_index
 from vlm.data.loader import Loader
 from vlm.data.scan import image_ids
 from vlm.data.text import Tokenizer
 from vlm.errors import ConfigError, UserError
+from vlm.features import stored_features
 from vlm.finetune import prepare_finetuning
 from vlm.hub import local_folder
 from vlm.low_rank import add_adapters
@@ -189,9 +191,10 @@ def training_loader(config: Config, parts: Parts, sets: Sequence[ShardSet], rank
     """Micro-batches of the training split for this rank."""
     check_set_weights(config, sets)
     data, encoder = config.data, parts.model.image_encoder
+    features = stored_features(config, encoder, training_transform(data, encoder.image_size), sets, ranks)
     return Loader(
         sets,
-        sample_encoder(config, parts.tokenizer, encoder.image_size, True, image_hiding(config, encoder)),
+        sample_encoder(config, parts.tokenizer, encoder.image_size, True, image_hiding(config, encoder), features),
         data.batch_size // config.train.accumulate,
         seed=config.seed,
         streams=streams_of(data, sets),

@@ -1,7 +1,7 @@
 """`vlm train --dry-run`: what a run would do, shown before it starts."""
 
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ def dry_run(config: Config) -> None:
 
 
 def _dry_run(config: Config, ranks: Ranks) -> None:
+    if config.data.features is not None:  # nothing is written, so the images are encoded
+        config = replace(config, data=replace(config.data, features=None))
     built = build_run(config, ranks)
     parts, loader = built.parts, built.loader
 

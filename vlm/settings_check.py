@@ -93,6 +93,7 @@ def check(config: Config) -> None:
     finetune_check.check_finetune(config)
     _check_mixture(config.data)
     _check_order(config.data)
+    _check_features(config)
     if (config.task == "vqa" or data.questions) and "{question}" not in data.question_prompt:
         raise ConfigError(f"data.question_prompt={data.question_prompt!r} must contain {{question}}.")
     if config.init_from is None:  # else the model is the checkpoint's, and the caller checks once more
@@ -123,6 +124,31 @@ def _check_order(data: DataConfig) -> None:
     if data.order == "exact" and declared is not None:
         raise ConfigError(
             f"data.epoch_samples={declared}, but data.order=exact, whose epoch is all records; use data.order=resampled, or null."
+        )
+
+
+def _check_features(config: Config) -> None:
+    data = config.data
+    if data.views is not None and data.views < 1:
+        raise ConfigError(f"data.views={data.views}; expected a number above 0, or null.")
+    if data.features is None:
+        return
+    if data.views is None:
+        raise ConfigError(
+            f"data.features={data.features} needs to know of how many augmentations; set data.views, e.g. to 4."
+        )
+    pixels = {
+        "objectives.masked_image": config.task == "pretraining" and config.objectives.masked_image > 0,
+        "finetune.teacher": config.finetune.teacher is not None,
+        "data.blank_images": data.blank_images,
+    }
+    if data.order != "exact":
+        raise ConfigError(
+            f"data.features={data.features} is made shard by shard, which data.order={data.order} does not count; use exact, or null."
+        )
+    if found := [key for key, wanted in pixels.items() if wanted]:
+        raise ConfigError(
+            f"data.features={data.features} takes the place of the images, which {found[0]} needs; turn one of them off."
         )
 
 

@@ -69,6 +69,11 @@ class DataConfig:
     """Flip left-right at random, except where a text of the record says left or right."""
     randaugment: tuple[int, int] | None = (2, 5)
     """RandAugment: operations and magnitude, without colour reversal; null turns it off."""
+    views: int | None = None
+    """How many augmentations of an image are drawn before they repeat, one an epoch; null: a new one each time."""
+    features: str | None = None
+    """A folder for what a frozen image encoder makes of the training images in `views` augmentations: made at the start, what is there already is
+    used, and no step decodes or encodes an image again. 2 bytes x views x tokens x width an image; `--dry-run` makes none."""
     texts_per_image: Literal["one", "all"] = "one"
     """Captions or questions of an image that a training step takes: one drawn at random, or all, which share the image's encoding."""
     questions: bool = False

@@ -80,11 +80,12 @@ class Masked(_Tensors):
 class Batch(_Tensors):
     """One step's data.
 
-    images: (B, 3, H, W), uint8 (0..255) or already normalised float. keys: B record names. image_ids: (B,) int64, equal for equal images.
-    sources: for each text the record that it came from (caption, or question with its id and answers): what evaluation and logs need.
-    filled: how many slots hold the preceding good sample because their own was bad, by cause. hidden: (B, K) int64, the patches of each image that
-    are hidden for masked image modelling, by number (row by row), ascending. captions, questions: (C,), (Q,) int64, the rows of the texts that
-    describe their image, and of those that ask; both None where no text asks. The loader counts them, so that no step waits for the device.
+    images: (B, 3, H, W), uint8 (0..255) or already normalised float, or what a frozen encoder made of them (`vlm.data.features`), (B, P, D0). keys:
+    B record names. image_ids: (B,) int64, equal for equal images.     sources: for each text the record that it came from (caption, or question
+    with its id and answers): what evaluation and logs need.     filled: how many slots hold the preceding good sample because their own was bad, by
+    cause. hidden: (B, K) int64, the patches of each image that     are hidden for masked image modelling, by number (row by row), ascending.
+    captions, questions: (C,), (Q,) int64, the rows of the texts that     describe their image, and of those that ask; both None where no text asks.
+    The loader counts them, so that no step waits for the device.
     """
 
     images: Tensor

@@ -1,24 +1,33 @@
 """From settings to what the loader makes of a record."""
 
-from vlm.config import Config
+from vlm.config import Config, DataConfig
 from vlm.data.collate import SampleEncoder
+from vlm.data.features import StoredFeatures
 from vlm.data.hiding import PatchHiding
 from vlm.data.images import EvaluationTransform, TrainingTransform
-from vlm.data.samples import CaptionEncoder, JointEncoder, QuestionEncoder
+from vlm.data.samples import CaptionEncoder, JointEncoder, QuestionEncoder, Transform
 from vlm.data.text import Tokenizer
 from vlm.errors import ConfigError
 
 
+def training_transform(data: DataConfig, image_size: int) -> TrainingTransform:
+    """The augmentation that the settings ask for."""
+    return TrainingTransform(image_size, scale=data.crop_scale, flip=data.flip, randaugment=data.randaugment)
+
+
 def sample_encoder(
-    config: Config, tokenizer: Tokenizer, image_size: int, training: bool, hiding: PatchHiding | None = None
+    config: Config,
+    tokenizer: Tokenizer,
+    image_size: int,
+    training: bool,
+    hiding: PatchHiding | None = None,
+    features: StoredFeatures | None = None,
 ) -> SampleEncoder:
-    """What the loader makes of a record for this task. hiding: in training, which patches are hidden."""
+    """What the loader makes of a record for this task. In training, hiding: which patches are hidden; features: taken in place of the images."""
     data = config.data
-    transform = (
-        TrainingTransform(image_size, scale=data.crop_scale, flip=data.flip, randaugment=data.randaugment)
-        if training
-        else EvaluationTransform(image_size)
-    )
+    transform: Transform = EvaluationTransform(image_size)
+    if training:
+        transform = training_transform(data, image_size) if features is None else features
     question = QuestionEncoder(
         tokenizer,
         transform,
@@ -30,6 +39,7 @@ def sample_encoder(
         texts_per_image=data.texts_per_image if training else "all",
         set_weights=config.vqa.set_weights,
         seed=config.seed,
+        views=data.views,
     )
     if config.task == "vqa":
         return question
@@ -49,6 +59,7 @@ def sample_encoder(
         whole_words=config.objectives.whole_words,
         hiding=hiding if training else None,
         seed=config.seed,
+        views=data.views,
     )
     if training and answers_questions(config):
         return JointEncoder(caption, question)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlm.data.batch import SET_WEIGHT
 from vlm.data.collate import EncodedSample, EncodedText, SampleEncoder
+from vlm.data.features import StoredFeatures, record_texts
 from vlm.data.hiding import PatchHiding
 from vlm.data.images import EvaluationTransform, TrainingTransform, decode_image, mentions_side
 from vlm.data.jpeg import decode_pixels
@@ -20,7 +21,7 @@ from vlm.data.random import keyed_generator, keyed_random, keyed_seed
 from vlm.data.records import BadRecord, Record
 from vlm.data.text import Tokenizer, clean_answer, clean_caption, clean_question, mask_tokens
 
-Transform = EvaluationTransform | TrainingTransform
+Transform = EvaluationTransform | TrainingTransform | StoredFeatures
 TextsPerImage = Literal["one", "all"]
 
 
@@ -43,6 +44,8 @@ class CaptionEncoder(SampleEncoder):
     hiding: PatchHiding | None = None
     """Which patches of the image to hide for masked image modelling; None: none."""
     seed: int = 0
+    views: int | None = None
+    """Augmentations of an image before they repeat."""
 
     @property
     def pad_id(self) -> int:
@@ -114,6 +117,8 @@ class QuestionEncoder(SampleEncoder):
     set_weights: Mapping[str, float] = field(default_factory=dict)
     """By source, the weight of its questions in the loss, which goes into the texts' sources (`Batch.weight`)."""
     seed: int = 0
+    views: int | None = None
+    """Augmentations of an image before they repeat."""
 
     @property
     def pad_id(self) -> int:
@@ -222,15 +227,16 @@ def _source(question: dict[str, Any]) -> dict[str, Any]:
 def _sample(
     encoder: CaptionEncoder | QuestionEncoder, record: Record, epoch: int, texts: list[EncodedText]
 ) -> EncodedSample:
-    image = _image(encoder.transform, encoder.seed, record, epoch)
+    image = _image(encoder.transform, encoder.seed, record, epoch if encoder.views is None else epoch % encoder.views)
     return EncodedSample(record.key, record.image_id, image, texts)
 
 
 def _image(transform: Transform, seed: int, record: Record, epoch: int) -> Tensor:
+    if isinstance(transform, StoredFeatures):
+        return transform(record, epoch)
     name = f"{record.source}/{record.key}"
     if isinstance(transform, EvaluationTransform):
         return transform(decode_image(record.image, name=name))
     pixels = decode_pixels(record.image, name, transform.at_least)
-    texts = [*record.captions, *(str(t) for q in record.questions for t in (q["question"], *(q.get("answers") or [])))]
     with keyed_random(seed, epoch, record.source, record.key, "image"):
-        return transform(pixels, allow_flip=not mentions_side(texts))
+        return transform(pixels, allow_flip=not mentions_side(record_texts(record)))

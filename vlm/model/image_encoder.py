@@ -69,7 +69,7 @@ class ImageEncoder(nn.Module):
             self.backbone.set_grad_checkpointing(True)
 
         self._folded: tuple[tuple[int, ...], Any] | None = None  # in a tuple: no part of the state
-        self.projection: nn.Module | None = None
+        self.projection: nn.Sequential | None = None
         self.positions: nn.Parameter | None = None  # (1, D, h, w)
         if hasattr(self.backbone, "num_prefix_tokens"):
             self.prefix = int(self.backbone.num_prefix_tokens)
@@ -166,10 +166,12 @@ class ImageEncoder(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """Image tokens (B, P, D) of images (B, 3, H, W): uint8 in 0..255, or float that is taken as normalised already.
+        """Image tokens (B, P, D) of images (B, 3, H, W): uint8 in 0..255, or float that is taken as normalised already; or of `frozen_tokens`.
 
         A Transformer takes images of `image_size` only (see `resize`), a convolutional network any size.
         """
+        if images.ndim == 3:
+            return self._from_frozen(images)
         self._check(images)
         x = self.normalize(images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
@@ -177,11 +179,37 @@ class ImageEncoder(nn.Module):
             x = self._features(x)
         if self.positions is None:
             return x
-        grid = (x.shape[2], x.shape[3])
+        return self._with_positions(x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3]))
+
+    def frozen_tokens(self, images: Tensor) -> Tensor:
+        """What the backbone alone makes of images (B, 3, S, S) of `image_size`: (B, P, `frozen_dim`), which `forward` takes in their place where it
+        is frozen.
+        """
+        self._check(images)
+        choose_attention(self.backbone)
+        x = self._features(self.normalize(images))
+        return x.flatten(2).transpose(1, 2) if self.positions is not None else x
+
+    @property
+    def frozen_dim(self) -> int:
+        """Width of the backbone's tokens, before they are brought to `config.width`."""
+        first = self.projection[0] if self.projection is not None else None
+        return first.in_features if isinstance(first, nn.Linear) else self.dim
+
+    def _from_frozen(self, tokens: Tensor) -> Tensor:
+        if not self.frozen:
+            raise ValueError(
+                f"images: got {tuple(tokens.shape)}, tokens of a frozen backbone, but this one is trained; expected (B, 3, H, W)."
+            )
+        tokens = tokens.to(next(self.backbone.parameters()).dtype)
+        return tokens if self.positions is None else self._with_positions(tokens, self.grid())
+
+    def _with_positions(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """A feature map (B, P, D0), row by row, as tokens (B, P, D)."""
+        assert self.positions is not None
         if self.projection is not None:
-            x = self.projection(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        x = x + _interpolate(self.positions, grid).to(x.dtype)
-        return x.flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, P, D)
+            x = self.projection(x)
+        return x + _interpolate(self.positions, grid).flatten(2).transpose(1, 2).to(x.dtype)
 
     def masked(self, images: Tensor, at: Tensor, token: Tensor) -> Tensor:
         """As `forward`, but with the patches `at` (B, K) of each image hidden behind `token` (D,) before positions are added, and none dropped.

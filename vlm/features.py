@@ -1,0 +1,179 @@
+"""A frozen image encoder's work, done once: its tokens of every training image, in a few augmentations, into files that training then reads.
+
+Frozen, it gives the same tokens for the same pixels at each epoch, and on a CPU takes most of a step (benchmarks/RESULTS.md, "Stored features").
+
+Letters: B images, V views (augmentations), P image tokens, D their width.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from vlm.config import Config
+from vlm.data.collate import EncodedSample, EncodedText, SampleEncoder
+from vlm.data.features import StoredFeatures, features_key, record_texts
+from vlm.data.images import TrainingTransform, mentions_side
+from vlm.data.jpeg import decode_pixels
+from vlm.data.loader import Loader
+from vlm.data.random import keyed_random
+from vlm.data.records import Record
+from vlm.data.shards import ShardInfo, ShardSet
+from vlm.errors import ConfigError, UserError
+from vlm.files import replacing
+from vlm.model.image_encoder import ImageEncoder
+from vlm.train.distributed import Ranks
+from vlm.train.precision import DTYPES, autocast
+from vlm.train.report import say
+
+VERSION = 1  # of what the files hold
+IMAGES = 16  # encoded together, each in all its views
+RECORDS = 64 * IMAGES  # of a file, which is held in memory while it is made
+
+
+def stored_features(
+    config: Config, encoder: ImageEncoder, transform: TrainingTransform, sets: Sequence[ShardSet], ranks: Ranks
+) -> StoredFeatures | None:
+    """The features in the folder `data.features`, where the settings name one; what is missing is made first, a shard's file at a time.
+
+    Made from other weights, sizes or augmentations, they lie in a folder of their own beside. Every rank must ask, and makes its share.
+
+    Raises:
+        ConfigError: the encoder is trained. UserError: the folder has no room for them, or cannot be written.
+    """
+    data = config.data
+    if data.features is None:
+        return None
+    trained = [name for name, p in encoder.backbone.named_parameters() if p.requires_grad]
+    if trained:
+        raise ConfigError(
+            f"data.features={data.features} keeps what a frozen image encoder gives, but {len(trained)} of its tensors are trained "
+            f"(backbone.{trained[0]}, ...); set model.image.frozen to true, or data.features to null."
+        )
+    assert data.views is not None
+    folder = Path(data.features) / _fingerprint(config, encoder)
+    parts = [part for shards in sets for shard in shards.shards for part in _parts(folder, shards, shard)]
+    missing = [part for part in parts if not part.file.exists()]
+    if missing:
+        encoder.to(ranks.device)
+        if ranks.main:
+            _check_room(Path(data.features), encoder, sum(part.records for part in missing), data.views)
+        _make(config, encoder, transform, missing[ranks.rank :: ranks.world], ranks)
+    ranks.barrier()
+    return StoredFeatures([part.file for part in parts], data.views)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Records of one shard whose features share a file. shards: a set of that shard alone."""
+
+    shards: ShardSet
+    first: int
+    records: int
+    file: Path
+
+
+def _parts(folder: Path, shards: ShardSet, shard: ShardInfo) -> Iterator[_Part]:
+    digest = hashlib.sha256(f"{shards.root} {shards.source} {shard.samples} {shard.bytes}".encode()).hexdigest()[:8]
+    for first in range(0, shard.samples, RECORDS):
+        file = folder / f"{Path(shard.name).stem}-{digest}-{first:06}.safetensors"
+        yield _Part(replace(shards, shards=(shard,)), first, min(RECORDS, shard.samples - first), file)
+
+
+def _make(
+    config: Config, encoder: ImageEncoder, transform: TrainingTransform, missing: Sequence[_Part], ranks: Ranks
+) -> None:
+    """The files of these parts, with progress of this rank's."""
+    views = config.data.views or 1
+    encoder.train()  # as training runs it, with batch norms folded
+    with tqdm(
+        total=sum(part.records for part in missing),
+        desc=f"image features, {views} views",
+        unit=" images",
+        disable=not ranks.main,
+        mininterval=0.5,
+    ) as bar:
+        for part in missing:
+            loader = Loader(
+                [part.shards],
+                _Views(transform, views, config.seed),
+                IMAGES,
+                workers=min(config.data.workers, 1),
+                training=False,
+                max_bad_fraction=1.0,  # training counts them, and decides
+            )
+            keys, tokens = [], []
+            # A batch that is all bad is passed over, and one of the next part taken: in both files, then.
+            for batch in islice(loader.iterate(0, part.first // IMAGES), -(-part.records // IMAGES)):
+                tokens.append(_encode(config, encoder, batch.images.to(ranks.device)))
+                keys += [source["features"] for source in batch.sources]
+                bar.update(len(batch))
+            bar.update(sum(loader.bad.values()))
+            if tokens:
+                with replacing(part.file) as new:
+                    save_file({"tokens": torch.cat(tokens), "keys": torch.tensor(keys)}, new)
+
+
+def _encode(config: Config, encoder: ImageEncoder, images: Tensor) -> Tensor:
+    """(B, V, 3, S, S) -> (B, V, P, D) in half precision, that of the run where it has one."""
+    precision = config.train.precision
+    with torch.no_grad(), autocast(precision, images.device):
+        tokens = encoder.frozen_tokens(images.flatten(0, 1))
+    half = tokens.to(torch.float16 if precision == "fp32" else DTYPES[precision])
+    return half.reshape(*images.shape[:2], *half.shape[1:]).cpu()
+
+
+class _Views(SampleEncoder):
+    """A record's image as (V, 3, S, S) uint8: as training draws it in its first V turns."""
+
+    pad_id = 0
+
+    def __init__(self, transform: TrainingTransform, views: int, seed: int) -> None:
+        self.transform, self.views, self.seed = transform, views, seed
+
+    def texts(self, record: Record, epoch: int) -> list[EncodedText]:  # noqa: ARG002
+        """One that says whose features they are."""
+        return [EncodedText([0], source={"features": features_key(record)})]
+
+    def sample(self, record: Record, epoch: int, texts: list[EncodedText]) -> EncodedSample:  # noqa: ARG002
+        """The image in all views. Raises BadImage."""
+        pixels = decode_pixels(record.image, f"{record.source}/{record.key}", self.transform.at_least)
+        flips = not mentions_side(record_texts(record))
+        drawn = []
+        for turn in range(self.views):
+            with keyed_random(self.seed, turn, record.source, record.key, "image"):
+                drawn.append(self.transform(pixels, allow_flip=flips))
+        return EncodedSample(record.key, record.image_id, torch.stack(drawn), texts)
+
+
+def _fingerprint(config: Config, encoder: ImageEncoder) -> str:
+    """Of all that the features depend on but the images."""
+    data, image = config.data, encoder.config
+    settings = [VERSION, config.seed, data.views, data.crop_scale, data.flip, data.randaugment, config.train.precision]
+    digest = hashlib.sha256(json.dumps([*settings, image.name, image.stages, encoder.image_size]).encode())
+    for name, tensor in encoder.state_dict().items():
+        if name.startswith(("backbone.", "mean", "std")):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _check_room(folder: Path, encoder: ImageEncoder, images: int, views: int) -> None:
+    """Says what will be made, and refuses what the disk cannot hold."""
+    size = 2 * images * views * encoder.tokens() * encoder.frozen_dim
+    say(f"image features into {folder}: {images:,} images in {views} views, {size / 1e9:.3g} GB")
+    existing = next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if size > free:
+        raise UserError(
+            f"data.features={folder}: the features need {size / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; lower data.views, or choose "
+            "another folder."
+        )
