@@ -25,6 +25,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], set[str]]] = {
             "torchvision",
             "numpy",
             "PIL",
+            "safetensors",
             "tokenizers",
             "webdataset",
             "braceexpand",

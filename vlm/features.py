@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -61,7 +62,7 @@ def stored_features(
     assert data.views is not None
     folder = Path(data.features) / _fingerprint(config, encoder)
     parts = [part for shards in sets for shard in shards.shards for part in _parts(folder, shards, shard)]
-    missing = [part for part in parts if not part.file.exists()]
+    missing = [part for part in parts if not _whole(part.file)]
     if missing:
         encoder.to(ranks.device)
         if ranks.main:
@@ -110,16 +111,33 @@ def _make(
                 training=False,
                 max_bad_fraction=1.0,  # training counts them, and decides
             )
-            keys, tokens = [], []
+            keys: list[int] = []
+            tokens: list[Tensor] = []
             # A batch that is all bad is passed over, and one of the next part taken: in both files, then.
             for batch in islice(loader.iterate(0, part.first // IMAGES), -(-part.records // IMAGES)):
                 tokens.append(_encode(config, encoder, batch.images.to(ranks.device)))
                 keys += [source["features"] for source in batch.sources]
                 bar.update(len(batch))
             bar.update(sum(loader.bad.values()))
-            if tokens:
-                with replacing(part.file) as new:
-                    save_file({"tokens": torch.cat(tokens), "keys": torch.tensor(keys)}, new)
+            held = torch.cat(tokens) if tokens else torch.zeros(0, views, 1, 1)
+            _write(part.file, {"tokens": held, "keys": torch.tensor(keys, dtype=torch.long)})
+
+
+def _whole(file: Path) -> bool:
+    """Whether it is there and can be read; another one is made anew."""
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def _write(file: Path, tensors: dict[str, Tensor]) -> None:
+    with replacing(file) as new:
+        try:
+            save_file(tensors, new)
+        except SafetensorError as error:  # its own form of a full disk
+            raise UserError(f"{file}: cannot be written ({error}); free space, or choose another folder.") from None
 
 
 def _encode(config: Config, encoder: ImageEncoder, images: Tensor) -> Tensor:

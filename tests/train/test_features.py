@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 import vlm.features
 from vlm.build import build_parts, load_sets, training_loader
@@ -68,16 +69,18 @@ def test_a_run_from_features_is_that_from_images(make_config: MakeConfig, tmp_pa
 def test_what_is_there_is_not_made_again(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only a file that is missing; and the steps decode nothing."""
+    """Only a file that is missing or cut off; and the steps decode nothing."""
     config = make_config({**FROZEN, "model.image": ENCODERS["feature map"], "data.features": str(tmp_path / "kept")})
     files = sorted(features_of(config).files)
     assert len(files) == 3
     times = [file.stat().st_mtime_ns for file in files]
     files[1].unlink()
+    files[2].write_bytes(files[2].read_bytes()[:100])
     features_of(config)
     now = [file.stat().st_mtime_ns for file in files]
-    assert (now[0], now[2]) == (times[0], times[2])
+    assert now[0] == times[0]
     assert now[1] > times[1]
+    assert files[2].stat().st_size > 100
 
     def refuse(*_: Any) -> None:
         raise AssertionError("an image was decoded")
@@ -152,6 +155,18 @@ def test_what_does_not_go_with_features_is_refused(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"lower data\.views"):
         features_of(make_config(settings))
+
+
+def test_a_full_disk_leaves_no_file(make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Any, file: Path) -> None:
+        file.write_bytes(b"begun")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(vlm.features, "save_file", fail)
+    config = make_config({**FROZEN, "model.image": ENCODERS["feature map"], "data.features": str(tmp_path / "kept")})
+    with pytest.raises(UserError, match=r"No space left on device.*free space"):
+        features_of(config)
+    assert [path for path in (tmp_path / "kept").rglob("*") if path.is_file()] == []
 
 
 def test_tokens_for_an_encoder_that_is_trained_are_refused(make_config: MakeConfig) -> None:

@@ -11,12 +11,12 @@ from timm.data import resolve_model_data_config
 from timm.layers import convert_sync_batchnorm, resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 
 from vlm.config import ImageConfig
 from vlm.errors import ConfigError
 from vlm.model.backbone import blocks_of, choose_attention, create_backbone, keep_stages, set_norm_eps
 from vlm.model.folding import fold_frozen, weights_key
+from vlm.model.grouped import TrainGroupedInFloat32
 from vlm.model.image_weights import load_weights
 from vlm.model.patches import hiding, patch_side
 
@@ -249,7 +249,7 @@ class ImageEncoder(nn.Module):
             self.config.checkpointing
         )  # recomputes outside this function, thus would not see the same operations
         if x.is_cpu and torch.is_autocast_enabled("cpu") and not checkpointing and not torch.compiler.is_compiling():
-            with _TrainGroupedInFloat32():
+            with TrainGroupedInFloat32():
                 x = backbone(x)
         else:
             x = backbone(x)
@@ -306,25 +306,6 @@ class ImageEncoder(nn.Module):
                 f"images of {size[0]}x{size[1]}, but {self.config.name} was built for {self.image_size}x{self.image_size}: "
                 f"set image.image_size, or call resize({size[0]})."
             )
-
-
-class _TrainGroupedInFloat32(TorchFunctionMode):
-    """Runs depthwise and grouped convolutions that need a gradient in float32 under autocast on the CPU.
-
-    Their bfloat16 backward pass has no fast kernel there: an EfficientNet-Lite trains 1.9 times as fast this way (PyTorch 2.15, Xeon with AMX).
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.conv2d or kwargs.get("groups", args[6] if len(args) > 6 else 1) == 1:
-            return func(*args, **kwargs)
-        x, weight, *rest = args
-        if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
-            return func(*args, **kwargs)
-        with torch.autocast("cpu", enabled=False):
-            return func(x.float(), weight, *rest, **kwargs).to(x.dtype)
 
 
 def _interpolate(positions: Tensor, grid: tuple[int, int]) -> Tensor:
