@@ -31,6 +31,7 @@ VARIANTS = {
     "both, fp32": Variant(precision="fp32"),
     "frozen": Variant(stages=0),
     "stored": Variant(stages=0, stored=True),
+    "frozen, fp32": Variant(precision="fp32", stages=0),
     "stored, fp32": Variant(precision="fp32", stages=0, stored=True),
 }
 

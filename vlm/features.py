@@ -1,6 +1,6 @@
 """A frozen image encoder's work, done once: its tokens of every training image, in a few augmentations, into files that training then reads.
 
-Frozen, it gives the same tokens for the same pixels at each epoch, and on a CPU takes most of a step (benchmarks/RESULTS.md, "Stored features").
+Frozen, it gives the same tokens for the same pixels at each epoch; without it and its images a step is faster (benchmarks/cpu_training.py).
 
 Letters: B images, V views (augmentations), P image tokens, D their width.
 """
