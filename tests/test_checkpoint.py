@@ -36,6 +36,19 @@ def save(out: Path, step: int, keep: int = 0, size: int = 40) -> None:
     )
 
 
+def test_every_file_may_be_read_by_those_who_may_read_new_files(tmp_path: Path) -> None:
+    """On a shared disk a checkpoint serves a group; safetensors alone would keep its files to their owner."""
+    before = os.umask(0o027)
+    try:
+        save(tmp_path, 1)
+        write_checkpoint(tmp_path / "known", Config(), nn.Linear(2, 2), "{}", {}, torch.tensor([1]), [])
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"model.safetensors", "trained_on.safetensors", "state.pt"} <= {path.name for path in files}
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {path.name: "0o640" for path in files}
+
+
 def step_of(folder: Path) -> int:
     """The step of a checkpoint, all parts of which are whole and of one step."""
     restore_folder(folder)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vlm.config import Config
 from vlm.errors import CheckpointError
 from vlm.low_rank import plain_state
-from vlm.model.pretrained import replacing_folder, save_pretrained
+from vlm.model.pretrained import replacing_folder, save_pretrained, save_tensors
 from vlm.train.state import save_state
 
 TRAINED_ON = "trained_on.safetensors"
@@ -57,7 +57,7 @@ def write_checkpoint(
     with replacing_folder(folder) as new:
         save_pretrained(plain_state(model), new, metadata, tokenizer_json, model_card(config, scores))
         if trained_on is not None:
-            save_file({"image_ids": trained_on}, new / TRAINED_ON)
+            save_tensors({"image_ids": trained_on}, new / TRAINED_ON)
         if answers:
             (new / ANSWERS).write_text(json.dumps(answers, indent=0) + "\n")
         if state is not None:

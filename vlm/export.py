@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vlm.calibration import CALIBRATED_ON, KEY
@@ -20,6 +19,7 @@ from vlm.model.pretrained import (
     read_weights,
     replacing_folder,
     save_pretrained,
+    save_tensors,
 )
 
 
@@ -52,7 +52,7 @@ def export(checkpoints: Sequence[Path], out: Path, half: bool = False, shard_byt
     with replacing_folder(out) as new:
         save_pretrained(state, new, metadata, (first / TOKENIZER).read_text(), (first / CARD).read_text(), shard_bytes)
         if known:
-            save_file({"image_ids": torch.cat(known).unique()}, new / TRAINED_ON)
+            save_tensors({"image_ids": torch.cat(known).unique()}, new / TRAINED_ON)
         if answers := read_answers(first):
             (new / ANSWERS).write_text(json.dumps(answers, indent=0) + "\n")
         if KEY in metadata and (first / CALIBRATED_ON).exists():

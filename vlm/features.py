@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,6 +30,7 @@ from vlm.data.shards import ShardInfo, ShardSet
 from vlm.errors import ConfigError, UserError
 from vlm.files import replacing
 from vlm.model.image_encoder import ImageEncoder
+from vlm.model.pretrained import save_tensors
 from vlm.train.distributed import Ranks
 from vlm.train.precision import DTYPES, autocast
 from vlm.train.report import say
@@ -135,7 +135,7 @@ def _whole(file: Path) -> bool:
 def _write(file: Path, tensors: dict[str, Tensor]) -> None:
     with replacing(file) as new:
         try:
-            save_file(tensors, new)
+            save_tensors(tensors, new)
         except SafetensorError as error:  # its own form of a full disk
             raise UserError(f"{file}: cannot be written ({error}); free space, or choose another folder.") from None
 

@@ -162,7 +162,7 @@ def test_a_full_disk_leaves_no_file(make_config: MakeConfig, tmp_path: Path, mon
         file.write_bytes(b"begun")
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(vlm.features, "save_file", fail)
+    monkeypatch.setattr(vlm.features, "save_tensors", fail)
     config = make_config({**FROZEN, "model.image": ENCODERS["feature map"], "data.features": str(tmp_path / "kept")})
     with pytest.raises(UserError, match=r"No space left on device.*free space"):
         features_of(config)

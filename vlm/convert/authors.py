@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vlm.checkpoint import checkpoint_metadata
@@ -21,7 +20,7 @@ from vlm.model.convert import albef, blip_original
 from vlm.model.convert.authors import QUEUE, Kind, Momentum, from_state_dict, momentum_of
 from vlm.model.convert.blip_processing import CLIP_MEAN, CLIP_STD
 from vlm.model.convert.pickled import read_pickled
-from vlm.model.pretrained import load_state, replacing_folder, save_pretrained
+from vlm.model.pretrained import load_state, replacing_folder, save_pretrained, save_tensors
 from vlm.model.vision_language import VisionLanguageModel
 from vlm.start import MOMENTUM, momentum_tensors
 
@@ -82,7 +81,7 @@ def convert_original(
         card = converted_card(kind.task, config.heads, f"{kind.name} in `{source}`", target)
         save_pretrained(ours, new, checkpoint_metadata(settings), words.to_json(), card)
         if momentum is not None:
-            save_file(momentum_tensors(momentum), new / MOMENTUM)
+            save_tensors(momentum_tensors(momentum), new / MOMENTUM)
     return Converted(kind.name, () if keep_momentum else _dropped(state))
 
 

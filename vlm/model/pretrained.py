@@ -84,6 +84,17 @@ def restore_folder(target: Path) -> None:
         old.rename(target)
 
 
+def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """A new safetensors file, which those may read who may read other new files: safetensors 0.8 lets nobody but its owner (its issue 782).
+
+    Raises OSError, or SafetensorError for a full disk.
+    """
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(tensors, file, metadata=metadata)
+    file.chmod(mode)
+
+
 def save_pretrained(
     state: dict[str, Tensor],
     folder: Path,
@@ -96,12 +107,12 @@ def save_pretrained(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     shards = _split(tensors, shard_bytes)
     if len(shards) == 1:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     else:
         weight_map = {}
         for number, names in enumerate(shards, 1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+            save_tensors({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
             weight_map.update(dict.fromkeys(names, file))
         total = sum(t.nbytes for t in tensors.values())
         (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
