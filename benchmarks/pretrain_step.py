@@ -30,7 +30,9 @@ def main() -> int:
     add("--step", choices=("albef", "blip"), default="albef")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--batch", type=int, metavar="N", help="pairs in a step (default: 4 on a CPU, 128 on a GPU)")
-    add("--precision", choices=("fp32", "bf16"), default="bf16", help="of both (default: %(default)s, by autocast)")
+    add(
+        "--precision", choices=("fp32", "bf16"), help="of both, by autocast (default: bf16 where it is fast, else fp32)"
+    )
     add("--pad", type=int, default=30, metavar="L", help="the reference's text length; 0: the longest (default: 30)")
     add("--runs", type=int, default=3, metavar="N", help="processes of each side (default: %(default)s)")
     add("--steps", type=int, metavar="N", help="timed steps of a process (default: 3 on a CPU, 20 on a GPU)")
@@ -39,6 +41,9 @@ def main() -> int:
     add("--tiny", action="store_true", help="a model of no use but to try the benchmark itself")
     add("--part", choices=("compare", *SIDES), help=argparse.SUPPRESS)
     given = parser.parse_args()
+    from vlm.train.precision import fastest
+
+    given.precision = given.precision or ("bf16" if fastest(torch.device(given.device)) == "bf16" else "fp32")
     gpu = given.device == "cuda"
     given.batch = (128 if gpu else 4) if given.batch is None else given.batch
     given.steps = (20 if gpu else 3) if given.steps is None else given.steps
@@ -165,7 +170,7 @@ def measured(given: argparse.Namespace) -> dict[str, float]:
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "gib": gib,
-        "matmul_tflops": matmul_rate(device, given.precision),
+        "matmul_tflops": matmul_rate(device, given.precision, given.tiny),
     }
 
 
@@ -216,9 +221,9 @@ def finish(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def matmul_rate(device: torch.device, precision: str) -> float:
+def matmul_rate(device: torch.device, precision: str, tiny: bool) -> float:
     """10^12 floating-point operations a second of a large square matrix product; the best of five."""
-    side = 8192 if device.type == "cuda" else 2048
+    side = 256 if tiny else 8192 if device.type == "cuda" else 2048
     a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     best = float("inf")
     for _ in range(5):

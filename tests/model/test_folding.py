@@ -38,7 +38,7 @@ def run(made: ImageEncoder, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_tokens_and_gradients_are_those_of_the_network_as_it_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     got, gradients = run(encoder(name, 1), images)
     monkeypatch.setattr(ImageEncoder, "_folded_backbone", lambda self: self.backbone)
     expected, their_gradients = run(encoder(name, 1), images)
@@ -46,7 +46,9 @@ def test_tokens_and_gradients_are_those_of_the_network_as_it_is(name: str, monke
     assert gradients.keys() == their_gradients.keys()
     assert gradients
     for key, gradient in gradients.items():
-        torch.testing.assert_close(gradient, their_gradients[key], rtol=1e-9, atol=1e-9)
+        # Those of the ResNetV2 reach 1e7, and its small ones are differences of such.
+        largest = float(their_gradients[key].abs().max())
+        torch.testing.assert_close(gradient, their_gradients[key], rtol=0, atol=1e-12 * largest)
 
 
 def test_frozen_norms_are_gone_and_trained_ones_stay() -> None:
