@@ -1,4 +1,5 @@
-"""Everything that can be trained is trained, scored and shown in bf16, the default; what it loses and scores is fp32's but for rounding."""
+"""Everything that can be trained is trained, scored and shown in bf16, which devices with instructions for it take; what it loses and scores is
+fp32's but for rounding."""
 
 from collections.abc import Callable
 from pathlib import Path
