@@ -48,6 +48,14 @@ def main() -> int:
     parser.add_argument(
         "--runs", type=int, default=3, metavar="N", help="processes of each variant (default: %(default)s)"
     )
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=list(VARIANTS),
+        metavar="NAME",
+        help=f"of {[*VARIANTS]} (default: all)",
+    )
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     for name in ("batch", "texts", "runs"):
@@ -58,9 +66,9 @@ def main() -> int:
             json.dumps(measure(arguments.image_encoder, arguments.batch, arguments.texts, VARIANTS[arguments.variant]))
         )
         return 0
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in arguments.variants}
     for _ in range(arguments.runs):
-        for name in VARIANTS:
+        for name in arguments.variants:
             command = [sys.executable, *sys.argv, "--variant", name]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             if done.returncode:
@@ -70,7 +78,7 @@ def main() -> int:
     medians = {
         name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()
     }
-    base = medians["as it is"]["seconds"]
+    base = medians[arguments.variants[0]]["seconds"]
     for name, values in medians.items():
         print(
             f"{name:<13} {values['seconds']:.2f} s a step ({base / values['seconds']:.2f} x), {values['faults']:,.0f} page faults a step, "

@@ -32,6 +32,10 @@ def test_each_variant_is_compared_with_the_first(
     lines = capsys.readouterr().out.splitlines()
     assert [line[:13].strip() for line in lines] == list(runpy.run_path(str(SCRIPT))["VARIANTS"])
     assert lines[3].endswith("2.00 s a step (2.00 x), 1,000 page faults a step, 1.5 GiB at most")
+    assert run(monkeypatch, "--variants", "both", "as it is") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:13].strip() for line in lines] == ["both", "as it is"]
+    assert "4.00 s a step (0.50 x)" in lines[1]
 
 
 @pytest.mark.parametrize("name", ["folded", "stored, fp32"])

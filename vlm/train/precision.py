@@ -19,7 +19,7 @@ LOWEST_SCALE = 1.0
 def fastest(device: torch.device) -> str:
     """The precision that the device has instructions for: bf16 where it has, else fp16 on a GPU and fp32 on a CPU.
 
-    A CPU without them computes bf16 by conversions, 15 times slower than fp32 where it was measured (benchmarks/cpu_training.py).
+    A CPU without them computes bf16 by conversions, some 15 times slower than fp32 where it was measured (benchmarks/cpu_training.py).
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
