@@ -20,12 +20,12 @@ from tqdm import tqdm
 
 from vlm.config import Config
 from vlm.data.collate import EncodedSample, EncodedText, SampleEncoder
-from vlm.data.features import StoredFeatures, features_key, record_texts
-from vlm.data.images import TrainingTransform, mentions_side
+from vlm.data.features import StoredFeatures, features_key
+from vlm.data.images import TrainingTransform
 from vlm.data.jpeg import decode_pixels
 from vlm.data.loader import Loader
-from vlm.data.random import keyed_random
 from vlm.data.records import Record
+from vlm.data.samples import augmented
 from vlm.data.shards import ShardInfo, ShardSet
 from vlm.errors import ConfigError, UserError
 from vlm.files import replacing
@@ -43,7 +43,7 @@ RECORDS = 64 * IMAGES  # of a file, which is held in memory while it is made
 def stored_features(
     config: Config, encoder: ImageEncoder, transform: TrainingTransform, sets: Sequence[ShardSet], ranks: Ranks
 ) -> StoredFeatures | None:
-    """The features in the folder `data.features`, where the settings name one; what is missing is made first, a shard's file at a time.
+    """The features in the folder `data.features`, where the settings name one; what is missing is made first, a file at a time.
 
     Made from other weights, sizes or augmentations, they lie in a folder of their own beside. Every rank must ask, and makes its share.
 
@@ -67,7 +67,7 @@ def stored_features(
         encoder.to(ranks.device)
         if ranks.main:
             _check_room(Path(data.features), encoder, sum(part.records for part in missing), data.views)
-        _make(config, encoder, transform, missing[ranks.rank :: ranks.world], ranks)
+        _make(config, encoder, transform, data.views, missing[ranks.rank :: ranks.world], ranks)
     ranks.barrier()
     return StoredFeatures([part.file for part in parts], data.views)
 
@@ -90,10 +90,14 @@ def _parts(folder: Path, shards: ShardSet, shard: ShardInfo) -> Iterator[_Part]:
 
 
 def _make(
-    config: Config, encoder: ImageEncoder, transform: TrainingTransform, missing: Sequence[_Part], ranks: Ranks
+    config: Config,
+    encoder: ImageEncoder,
+    transform: TrainingTransform,
+    views: int,
+    missing: Sequence[_Part],
+    ranks: Ranks,
 ) -> None:
     """The files of these parts, with progress of this rank's."""
-    views = config.data.views or 1
     encoder.train()  # as training runs it, with batch norms folded
     with tqdm(
         total=sum(part.records for part in missing),
@@ -164,11 +168,7 @@ class _Views(SampleEncoder):
     def sample(self, record: Record, epoch: int, texts: list[EncodedText]) -> EncodedSample:  # noqa: ARG002
         """The image in all views. Raises BadImage."""
         pixels = decode_pixels(record.image, f"{record.source}/{record.key}", self.transform.at_least)
-        flips = not mentions_side(record_texts(record))
-        drawn = []
-        for turn in range(self.views):
-            with keyed_random(self.seed, turn, record.source, record.key, "image"):
-                drawn.append(self.transform(pixels, allow_flip=flips))
+        drawn = [augmented(pixels, self.transform, self.seed, record, turn) for turn in range(self.views)]
         return EncodedSample(record.key, record.image_id, torch.stack(drawn), texts)
 
 

@@ -1,4 +1,4 @@
-"""What a frozen image encoder made of the training images, kept in files, one a shard: read in place of the images.
+"""What a frozen image encoder made of the training images, kept in files of some thousand: read in place of the images.
 
 A file is safetensors: "tokens" (N, V, P, D), of N images in V augmentations, and "keys" (N,) int64, which say whose they are. Images that cannot be
 decoded are in none. `vlm.features` makes them.

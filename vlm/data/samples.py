@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
 from torch import Tensor
 
 from vlm.data.batch import SET_WEIGHT
@@ -237,6 +238,10 @@ def _image(transform: Transform, seed: int, record: Record, epoch: int) -> Tenso
     name = f"{record.source}/{record.key}"
     if isinstance(transform, EvaluationTransform):
         return transform(decode_image(record.image, name=name))
-    pixels = decode_pixels(record.image, name, transform.at_least)
+    return augmented(decode_pixels(record.image, name, transform.at_least), transform, seed, record, epoch)
+
+
+def augmented(pixels: np.ndarray, transform: TrainingTransform, seed: int, record: Record, epoch: int) -> Tensor:
+    """A record's image (H, W, 3), decoded, as training sees it in an epoch: (3, S, S) uint8."""
     with keyed_random(seed, epoch, record.source, record.key, "image"):
         return transform(pixels, allow_flip=not mentions_side(record_texts(record)))
