@@ -61,7 +61,12 @@ def stored_features(
         )
     assert data.views is not None
     folder = Path(data.features) / _fingerprint(config, encoder)
-    parts = [part for shards in sets for shard in shards.shards for part in _parts(folder, shards, shard)]
+    # A set that is listed twice, to be seen twice as often, has its features once.
+    parts = list(
+        {
+            part.file: part for shards in sets for shard in shards.shards for part in _parts(folder, shards, shard)
+        }.values()
+    )
     missing = [part for part in parts if not _whole(part.file)]
     if missing:
         encoder.to(ranks.device)
@@ -180,7 +185,8 @@ def _fingerprint(config: Config, encoder: ImageEncoder) -> str:
     for name, tensor in encoder.state_dict().items():
         if name.startswith(("backbone.", "mean", "std")):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            values = tensor.detach().cpu().contiguous() + 0  # averaged weights have 0 where others have -0
+            digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -97,6 +97,35 @@ def test_other_weights_and_other_augmentations_have_files_of_their_own(make_conf
     assert len(folders) == 4
 
 
+def test_weights_that_differ_in_the_sign_of_0_alone_share_files(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Averaging makes 0 of -0: a run that goes on from averaged weights must find what the first one made."""
+    config = make_config({**FROZEN, "model.image": ENCODERS["feature map"], "data.features": str(tmp_path / "kept")})
+    sets = load_sets(config.data.splits.train, "data.splits.train", config.data.cache)
+    encoder = build_parts(config, sets).model.image_encoder
+    weight = next(encoder.backbone.parameters())
+    prints = set()
+    for zero in (0.0, -0.0):
+        with torch.no_grad():
+            weight[0, 0, 0, 0] = zero
+        prints.add(vlm.features._fingerprint(config, encoder))
+    assert len(prints) == 1
+
+
+def test_a_set_listed_twice_has_its_features_once(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**FROZEN, "model.image": ENCODERS["feature map"], "data.features": str(tmp_path / "kept")}
+    once = make_config(settings)
+    twice = make_config({**settings, "data.splits.train": once.data.splits.train * 2})
+    made: list[Path] = []
+    write = vlm.features._write
+    monkeypatch.setattr(vlm.features, "_write", lambda file, tensors: (made.append(file), write(file, tensors)))
+    files = features_of(twice).files
+    assert made == list(files)
+    assert len(files) == 3
+    assert features_of(once).files == files
+
+
 def test_augmentations_repeat_after_their_number_of_epochs(make_config: MakeConfig, tmp_path: Path) -> None:
     for features in (None, str(tmp_path / "kept")):
         config = make_config({**FROZEN, "model.image": ENCODERS["feature map"], "data.features": features})
