@@ -281,7 +281,7 @@ def index(place: Place, words: list[str]) -> None:
     place.vlm(*words[1:])
 
 
-def filter_or_caption(place: Place, words: list[str]) -> None:
+def rewrite(place: Place, words: list[str]) -> None:
     shutil.copytree(place.scenes / "train", place.folder / words[3], dirs_exist_ok=True)
     if "--model" in words:
         place.model(option(words, "--model"), "pretraining")
@@ -326,7 +326,7 @@ RULES: dict[str, tuple[str, Callable[[Place, list[str]], None]]] = {
     r"vlm convert .*": ("checked", parsed),
     r"vlm plot .*": ("executed", plot),
     r"vlm shards index .*": ("executed", index),
-    r"vlm shards (filter|caption) .*": ("executed", filter_or_caption),
+    r"vlm shards (filter|caption|ask) .*": ("executed", rewrite),
     r"vlm shards join .*": ("executed", join),
 }
 

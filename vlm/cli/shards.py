@@ -35,6 +35,17 @@ def add_shards(commands: Commands) -> None:
     join.add_argument("folders", nargs="+", metavar="DIR", help="shards of one source")
     join.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new shards")
     join.set_defaults(run=_join)
+    ask = kinds.add_parser(
+        "ask",
+        help="add questions made from the captions by plain rules (English)",
+        description="Write new shards in which images have questions and answers that their captions give: colours, numbers, what somebody does or "
+        "holds, where, what animal, sport or room, whether something is there.",
+    )
+    ask.add_argument("folder", metavar="DIR", help="shards of images with captions")
+    ask.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new shards")
+    ask.add_argument("--per-image", type=int, default=4, metavar="N", help="at most (default: %(default)s)")
+    ask.add_argument("--seed", type=int, default=0, metavar="N", help="which of an image's questions are taken")
+    ask.set_defaults(run=_ask)
     _add_filter(kinds)
     _add_caption(kinds)
 
@@ -153,6 +164,15 @@ def _join(arguments: argparse.Namespace, _: list[str]) -> int:
 
     done = join([load_index(folder) for folder in arguments.folders], arguments.out)
     print(f"{arguments.out}: {done.images:,} images of {done.records:,} records, {done.shared:,} of them in several")  # noqa: T201
+    return 0
+
+
+def _ask(arguments: argparse.Namespace, _: list[str]) -> int:
+    from vlm.data.ask import ask
+    from vlm.data.index import load_index
+
+    done = ask(load_index(arguments.folder), arguments.out, arguments.per_image, arguments.seed)
+    print(f"{arguments.out}: {done}")  # noqa: T201
     return 0
 
 
