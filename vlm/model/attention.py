@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm.errors import ConfigError
+from vlm.model.linear import Linear
 
 
 class LayerCache(Protocol):
@@ -107,10 +108,10 @@ class Attention(nn.Module):
         _check_heads(dim, heads)
         self.heads = heads
         self.dropout = dropout
-        self.query = nn.Linear(dim, dim)
-        self.key = nn.Linear(dim, dim)
-        self.value = nn.Linear(dim, dim)
-        self.output = nn.Linear(dim, dim)
+        self.query = Linear(dim, dim)
+        self.key = Linear(dim, dim)
+        self.value = Linear(dim, dim)
+        self.output = Linear(dim, dim)
 
     def forward(
         self,
@@ -179,8 +180,8 @@ class CrossMemoryProjection(nn.Module):
         super().__init__()
         _check_heads(dim, heads)
         self.heads = heads
-        self.keys = nn.ModuleList(nn.Linear(memory_dim, dim) for _ in range(layers))
-        self.values = nn.ModuleList(nn.Linear(memory_dim, dim) for _ in range(layers))
+        self.keys = nn.ModuleList(Linear(memory_dim, dim) for _ in range(layers))
+        self.values = nn.ModuleList(Linear(memory_dim, dim) for _ in range(layers))
         initialise(self, gain=0.5)  # with 1 the image drowns the words of layers that know language already
 
     def forward(self, states: Tensor, mask: Tensor | None = None) -> CrossMemory:
@@ -201,8 +202,8 @@ class CrossAttention(nn.Module):
         _check_heads(dim, heads)
         self.heads = heads
         self.dropout = dropout
-        self.query = nn.Linear(dim, dim)
-        self.output = nn.Linear(dim, dim)
+        self.query = Linear(dim, dim)
+        self.output = Linear(dim, dim)
 
     def forward(
         self, states: Tensor, memory: CrossMemory, slot: int, return_weights: bool = False

@@ -16,6 +16,7 @@ from vlm.config import TextConfig
 from vlm.errors import ConfigError
 from vlm.model.attention import Attention, CrossAttention, CrossMemory, LayerCache, attention_mask, initialise
 from vlm.model.dropout import Dropout
+from vlm.model.linear import Linear
 from vlm.model.text_cache import TextCache
 from vlm.model.vocabulary_head import activation_function
 
@@ -56,8 +57,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, inner_dim: int, activation: str) -> None:
         super().__init__()
-        self.inner = nn.Linear(dim, inner_dim)
-        self.outer = nn.Linear(inner_dim, dim)
+        self.inner = Linear(dim, inner_dim)
+        self.outer = Linear(inner_dim, dim)
         self.activation = activation_function(activation)
 
     def forward(self, states: Tensor) -> Tensor:

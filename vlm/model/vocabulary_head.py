@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vlm.config import TextConfig
 from vlm.errors import ConfigError
 from vlm.model.attention import initialise
+from vlm.model.linear import Linear, linear
 
 
 def _gelu_tanh(states: Tensor) -> Tensor:
@@ -34,7 +35,7 @@ class VocabularyHead(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.transform = nn.Linear(config.dim, config.dim)
+        self.transform = Linear(config.dim, config.dim)
         self.activation = activation_function(config.activation)
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
@@ -42,4 +43,4 @@ class VocabularyHead(nn.Module):
 
     def forward(self, states: Tensor, embedding_weight: Tensor) -> Tensor:
         """States (..., D) and the word embedding (V, D) -> logits (..., V)."""
-        return F.linear(self.norm(self.activation(self.transform(states))), embedding_weight, self.bias)
+        return linear(self.norm(self.activation(self.transform(states))), embedding_weight, self.bias)
