@@ -282,7 +282,7 @@ def index(place: Place, words: list[str]) -> None:
     place.vlm(*words[1:])
 
 
-def rewrite(place: Place, words: list[str]) -> None:
+def filter_or_caption(place: Place, words: list[str]) -> None:
     shutil.copytree(place.scenes / "train", place.folder / words[3], dirs_exist_ok=True)
     if "--model" in words:
         place.model(option(words, "--model"), "pretraining")
@@ -338,7 +338,7 @@ RULES: dict[str, tuple[str, Callable[[Place, list[str]], None]]] = {
     r"vlm convert .*": ("checked", parsed),
     r"vlm plot .*": ("executed", plot),
     r"vlm shards index .*": ("executed", index),
-    r"vlm shards (filter|caption) .*": ("executed", rewrite),
+    r"vlm shards (filter|caption) .*": ("executed", filter_or_caption),
     r"vlm shards ask .*": ("executed", ask),
     r"vlm shards join .*": ("executed", join),
 }

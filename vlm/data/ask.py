@@ -48,15 +48,8 @@ def ask(shards: ShardSet, out: Path, most: int = 4, seed: int = 0) -> Asked:
             asked = {question["question"].casefold() for question in questions}
             for made in maker(record.captions, keyed_seed(seed, record.source, record.key, "made questions"), most):
                 if made.question.casefold() not in asked:
-                    identity = f"{record.key}/{made.kind}"
-                    questions.append(
-                        {
-                            "question_id": identity,
-                            "question": made.question,
-                            "answers": [made.answer],
-                            "synthetic": True,
-                        }
-                    )
+                    question = {"question_id": f"{record.key}/{made.kind}", "question": made.question}
+                    questions.append({**question, "answers": [made.answer], "synthetic": True})
                     done.kinds[made.kind] += 1
             extension = extension_of(record.image)
             writer.write(key, record.image, extension, record.captions, questions, record.name, record.synthetic)

@@ -54,7 +54,7 @@ AFTER_NOUNS = (
         "looking outside inside"
     )
 )
-UNCOUNTED = _set("water snow grass sand ocean people men women children woods")
+UNCOUNTED = _set("water snow grass sand ocean")
 NO_THINGS = _set(
     "other young large small side front top group couple background day one middle way back edge close bunch picture lot end pair air series "
     "stands walks runs jumps watches looks rides left right"
@@ -91,7 +91,8 @@ class QuestionMaker:
             for word, count in seen.items()
             if count >= 5 and 2 * followed[word] > count and len(word) > 2 and word not in known and word[-3:] != "ing"
         }
-        self.nouns = frozenset(nouns | {f"{word}s" for word in nouns} - known)
+        plurals = {f"{word}s" for word in nouns} - known
+        self.nouns = frozenset(nouns | plurals)
         singular = Counter({word: n for word, n in images.items() if word in self.nouns and not _plural(word)})
         self.common = dict(singular.most_common(COMMON))
         self.agreed = frozenset(word for word, n in singular.items() if n >= AGREED)
@@ -123,8 +124,7 @@ class QuestionMaker:
             who = next((w for w in reversed(text[:i]) if w in PEOPLE or w in ANIMALS), None)
             if who is None:
                 continue
-            thing = self._object(text[i + 1 : i + 5])
-            if word in TRANSITIVE and thing is not None:
+            if word in TRANSITIVE and (thing := self._object(text[i + 1 : i + 5])) is not None:
                 yield Made(word, f"What {_is(who)} the {who} {word}?", thing)
             if word in ACTIONS and who in text[max(0, i - 3) : i]:
                 doing = "lying down" if word in ("lying", "laying") else word

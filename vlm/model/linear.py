@@ -1,6 +1,6 @@
-"""`Linear` as torch's, faster where a CPU decodes a caption or two: few rows, large weights.
+"""`Linear` as torch's, faster where a CPU decodes a caption: few rows, large weights.
 
-Letters: R rows, D inputs, O outputs.
+Letters: D inputs, O outputs.
 """
 
 import torch
