@@ -29,6 +29,7 @@ END = 3
 RULES: tuple[dict[str, Any], ...] = (
     {"min_length": 4},
     {"no_repeat_ngram": 2},
+    {"no_doubled_words": True},
     {"banned": ((5,), (9, 5), (7, 7), (11,), (30, 12, 3))},
     {"repetition_penalty": 1.3, "length_penalty": 0.5, "min_length": 3},
 )
@@ -76,6 +77,7 @@ def test_the_search_equals_that_of_the_library(
             min_length=settings.min_length,
             repetition_penalty=settings.repetition_penalty,
             no_repeat_ngram=settings.no_repeat_ngram,
+            no_doubled=settings.no_doubled_words,
             banned=banned,
         ),
         beams,

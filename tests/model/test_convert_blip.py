@@ -436,14 +436,17 @@ def test_banned_words_go_with_the_model(make: Make) -> None:
     before = [said.text for said in predictor.caption(images)]
     word = Counter(" ".join(before).split()).most_common(1)[0][0]
     metadata = load_metadata(ours)
-    metadata["generation"] |= {"banned_words": [word], "beams": 3}
+    metadata["generation"] |= {"banned_words": [word], "beams": 3, "no_doubled_words": True}
     (ours / "config.json").write_text(json.dumps(metadata))
     predictor = Predictor.load(ours, "cpu")
     predictor.model.double()
-    convert_to_blip(ours, source.with_name("back"))
+    assert convert_to_blip(ours, source.with_name("back")).left_out[-1] == "no_doubled_words"
     settings = json.loads((source.with_name("back") / "generation_config.json").read_text())
     _, theirs = pixels(predictor, images, torch.float64)
     start = torch.tensor([predictor.tokenizer.encode("")] * len(images))
+    settings["bad_words_ids"] += [
+        [token, token] for token in range(model.config.text_config.vocab_size)
+    ]  # which stays behind
     known = ("bad_words_ids", "num_beams", "max_new_tokens", "min_new_tokens")
     produced = model.generate(pixel_values=theirs, input_ids=start, **{name: settings[name] for name in known})
     expected = [tidy(predictor.tokenizer.decode(row)) for row in produced[:, start.shape[1] - 1 :].tolist()]

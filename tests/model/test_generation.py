@@ -28,6 +28,8 @@ SETTINGS = [
     {"min_length": 6},
     {"repetition_penalty": 1.5},
     {"no_repeat_ngram": 2},
+    {"no_doubled": True},
+    {"no_doubled": True, "no_repeat_ngram": 3, "length_penalty": 0.5},
     {"repetition_penalty": 1.2, "no_repeat_ngram": 3, "min_length": 3, "length_penalty": 0.6},
     {"banned": tuple((i,) for i in range(4, 30, 2))},
     {"banned": (*((i, j) for i in range(30) for j in range(4, 30) if (i + j) % 3), (8, 5, 9), (17,)), "min_length": 3},
@@ -41,6 +43,7 @@ def _split(settings: dict[str, Any]) -> tuple[Rules, float]:
 
 def _transformers(model: Any, ids: Tensor, beams: int, settings: dict[str, Any], **more: Any) -> list[list[int]]:
     rules, length_penalty = _split(settings)
+    banned = [list(sequence) for sequence in rules.banned] + [[i, i] for i in range(30) if rules.no_doubled]
     images, mask = model.images(len(ids))
     if beams > 1:
         more = {"length_penalty": length_penalty, **more}
@@ -55,7 +58,7 @@ def _transformers(model: Any, ids: Tensor, beams: int, settings: dict[str, Any],
         min_new_tokens=rules.min_length,
         repetition_penalty=rules.repetition_penalty,
         no_repeat_ngram_size=rules.no_repeat_ngram,
-        bad_words_ids=[list(sequence) for sequence in rules.banned] or None,
+        bad_words_ids=banned or None,
         eos_token_id=END,
         pad_token_id=0,
         use_cache=False,

@@ -98,7 +98,9 @@ def test_the_reward_is_the_metric(scenes: Any, tmp_path: Path) -> None:
 
 
 def test_rules_from_the_settings(scenes: Any) -> None:
-    settings = GenerationConfig(max_length=4, min_length=9, repetition_penalty=1.5, no_repeat_ngram=3)
+    settings = GenerationConfig(
+        max_length=4, min_length=9, repetition_penalty=1.5, no_repeat_ngram=3, no_doubled_words=True
+    )
     rules = generation_rules(settings, scenes.tokenizer)
     assert (rules.max_length, rules.min_length, rules.end_id) == (4, 3, scenes.tokenizer.sep_id)
-    assert (rules.repetition_penalty, rules.no_repeat_ngram) == (1.5, 3)
+    assert (rules.repetition_penalty, rules.no_repeat_ngram, rules.no_doubled) == (1.5, 3, True)

@@ -243,6 +243,8 @@ class GenerationConfig:
     """Divides the probability of tokens already used (1: none)."""
     no_repeat_ngram: int = 0
     """Forbid repeating n-grams of this size; 0 allows."""
+    no_doubled_words: bool = False
+    """Forbid a word right after itself, as in "a green green bus", which models trained for a reward say now and then."""
     banned_words: tuple[str, ...] = ()
     """Words and phrases that no caption contains, in any spelling that the tokenizer has for them."""
     temperature: float = 1.0

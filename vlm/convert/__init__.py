@@ -155,6 +155,8 @@ def _left_out(
         found.append(f"the temperature {float(state['temperature']):.4g}")
     if prompt := (metadata.get("text") or {}).get("prompt"):
         found.append(f"the prompt {prompt!r}, which is given as text there")
+    if form is CAPTIONING and (metadata.get("generation") or {}).get("no_doubled_words"):
+        found.append("no_doubled_words")
     if (source / ANSWERS).exists():
         found.append("the answer list")
     return tuple(found)

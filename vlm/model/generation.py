@@ -73,8 +73,8 @@ class Rules:
 
     end_id: the token that ends a text ([SEP]). max_length: most tokens produced, the end included. min_length: tokens before the end is allowed.
     repetition_penalty: divides the score of a token already used where it is positive, multiplies it where negative (Keskar et al. 2019; 1: none).
-    no_repeat_ngram: no n-gram of this size occurs twice (0: allowed). banned: sequences of tokens that do not occur. A row with no token left may
-    only end.
+    no_repeat_ngram: no n-gram of this size occurs twice (0: allowed). no_doubled: no token right after itself (`decoding_constraint` of
+    github.com/ruotianluo/ImageCaptioning.pytorch). banned: sequences of tokens that do not occur. A row with no token left may only end.
     """
 
     end_id: int
@@ -82,6 +82,7 @@ class Rules:
     min_length: int = 0
     repetition_penalty: float = 1.0
     no_repeat_ngram: int = 0
+    no_doubled: bool = False
     banned: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
@@ -118,6 +119,8 @@ class Rules:
             windows = history.unfold(1, size, 1)
             repeats = (windows[..., :-1] == history[:, None, history.shape[1] - size + 1 :]).all(-1)
             scores = scores.masked_fill(_flags(windows[..., -1].masked_fill(~repeats, -1), vocabulary), -math.inf)
+        if self.no_doubled and history.shape[1]:
+            scores = scores.masked_fill(_flags(history[:, -1:], vocabulary), -math.inf)
         for begin, last in self._endings:
             if history.shape[1] >= begin.shape[1]:
                 tail = history[:, None, history.shape[1] - begin.shape[1] :]
@@ -125,7 +128,7 @@ class Rules:
                 scores = scores.masked_fill(_flags(last.to(history.device).where(met, -1), vocabulary), -math.inf)
         if produced < self.min_length:
             scores = scores.index_fill(1, torch.tensor(self.end_id, device=scores.device), -math.inf)
-        if size or self.banned:
+        if size or self.no_doubled or self.banned:
             stuck = (scores == -math.inf).all(1)
             end = torch.where(stuck, allowed_end, scores[:, self.end_id])
             scores = scores.index_copy(1, torch.tensor([self.end_id], device=scores.device), end[:, None])

@@ -102,13 +102,15 @@ class _Search:
             repeats = (windows[..., :-1] == history[:, :, None, history.shape[2] - size + 1 :]).all(-1)
             row, beam, at = repeats.nonzero()
             scores[row, beam, windows[row, beam, at, -1]] = -math.inf
+        if settings.no_doubled_words and history.shape[2]:
+            np.put_along_axis(scores, history[..., -1:], -math.inf, 2)
         for *begin, last in self.banned:
             if history.shape[2] >= len(begin):
                 met = (history[:, :, history.shape[2] - len(begin) :] == np.array(begin, dtype=np.int64)).all(-1)
                 scores[..., last][met] = -math.inf
         if produced < min(settings.min_length, settings.max_length - 1):
             scores[..., self.end_id] = -math.inf
-        if size or self.banned:
+        if size or settings.no_doubled_words or self.banned:
             stuck = np.isneginf(scores).all(-1)
             scores[..., self.end_id] = np.where(stuck, allowed_end, scores[..., self.end_id])
         return scores

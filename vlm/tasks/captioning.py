@@ -37,6 +37,7 @@ def generation_rules(settings: GenerationConfig, tokenizer: Tokenizer) -> Rules:
         min_length=min(settings.min_length, settings.max_length - 1),
         repetition_penalty=settings.repetition_penalty,
         no_repeat_ngram=settings.no_repeat_ngram,
+        no_doubled=settings.no_doubled_words,
         banned=tuple(dict.fromkeys(s for words in settings.banned_words for s in spellings(tokenizer, words))),
     )
 
