@@ -46,3 +46,11 @@ def test_an_error_of_the_writer_passes_and_leaves_the_file(tmp_path: Path) -> No
         fail()
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_names_that_are_not_utf_8_are_read_as_they_were(tmp_path: Path) -> None:
+    name = b"caf\xe9 \\".decode(errors="surrogateescape")  # as a folder or a tar gives it
+    write_json(tmp_path / "a.json", [{"image_id": name, name: "Zürich"}])
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == [{"image_id": name, name: "Zürich"}]
+    replace_text(tmp_path / "a.txt", f"Zürich {name}")
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "Zürich caf\\udce9 \\"

@@ -35,13 +35,14 @@ def unwritable(path: Path, error: OSError) -> UserError:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file of UTF-8, and the folders above it.
+    """Writes a file of UTF-8, and the folders above it. Half characters, which stand for bytes of a file's name that are not UTF-8, become escapes
+    (`\\udce9`); in JSON these are read as what they were.
 
     Raises:
         UserError: it cannot be written; what was there stays.
     """
     with replacing(path) as new:
-        new.write_text(text, encoding="utf-8")
+        new.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:

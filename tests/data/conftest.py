@@ -2,7 +2,7 @@
 
 import io
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
@@ -44,14 +44,16 @@ def encode() -> ToyEncoder:
 
 @pytest.fixture
 def write_set(tmp_path: Path) -> Callable[..., ShardSet]:
-    """write_set(name, samples, samples_per_shard): toy records k000, k001, ... of a source of that name."""
+    """write_set(name, samples, samples_per_shard, broken): toy records k000, k001, ... of a source of that name, without an image where broken."""
 
-    def write(name: str = "toy", samples: int = 20, samples_per_shard: int = 6) -> ShardSet:
+    def write(
+        name: str = "toy", samples: int = 20, samples_per_shard: int = 6, broken: Collection[int] = ()
+    ) -> ShardSet:
         with ShardWriter(tmp_path / name, name, samples_per_shard) as writer:
             for i in range(samples):
-                writer.write(
-                    f"k{i:03d}", b"img%d" % i, captions=[f"caption {i}" + "!" * (i % 11), f"other {i}"], image_id=i
-                )
+                image = b"none" if i in broken else b"img%d" % i
+                captions = [f"caption {i}" + "!" * (i % 11), f"other {i}"]
+                writer.write(f"k{i:03d}", image, captions=captions, image_id=i)
         return load_index(tmp_path / name)
 
     return write

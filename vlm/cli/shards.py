@@ -25,7 +25,9 @@ def add_shards(commands: Commands) -> None:
     index = kinds.add_parser("index", help="count the records of a folder of shards anew and write index.json")
     index.add_argument("folder", type=Path, metavar="DIR")
     index.add_argument(
-        "--source", help="name of the source that image identities begin with; default: the folder's name"
+        "--source",
+        metavar="NAME",
+        help="name of the source that image identities begin with; default: as index.json has it, else the folder's name",
     )
     index.set_defaults(run=_index)
     join = kinds.add_parser(
@@ -132,12 +134,17 @@ def _add_caption(kinds: Commands) -> None:
     caption.set_defaults(run=_caption)
 
 
+def _say(text: object) -> None:
+    """Prints it; half characters, which stand for bytes of a file's name that are not UTF-8, as escapes: no terminal takes them."""
+    print(str(text).encode(errors="backslashreplace").decode())  # noqa: T201
+
+
 def _info(arguments: argparse.Namespace, _: list[str]) -> int:
     from vlm.data.index import load_index
     from vlm.data.info import info
 
     found = info(load_index(arguments.folder))
-    print(json.dumps(found.as_json(), ensure_ascii=False) if arguments.json else found)  # noqa: T201
+    _say(json.dumps(found.as_json(), ensure_ascii=False) if arguments.json else found)
     return 0
 
 
@@ -146,7 +153,7 @@ def _check(arguments: argparse.Namespace, _: list[str]) -> int:
     from vlm.data.index import load_index
 
     faults = check(load_index(arguments.folder))
-    print(f"{arguments.folder}: {faults}")  # noqa: T201
+    _say(f"{arguments.folder}: {faults}")
     return 1 if faults.counts else 0
 
 
@@ -154,7 +161,7 @@ def _index(arguments: argparse.Namespace, _: list[str]) -> int:
     from vlm.data.index import write_index
 
     found = write_index(arguments.folder, arguments.source)
-    print(f"{arguments.folder}: {len(found.shards)} shards, {found.samples:,} records, source {found.source}")  # noqa: T201
+    _say(f"{arguments.folder}: {len(found.shards)} shards, {found.samples:,} records, source {found.source}")
     return 0
 
 
@@ -163,7 +170,7 @@ def _join(arguments: argparse.Namespace, _: list[str]) -> int:
     from vlm.data.join import join
 
     done = join([load_index(folder) for folder in arguments.folders], arguments.out)
-    print(f"{arguments.out}: {done.images:,} images of {done.records:,} records, {done.shared:,} of them in several")  # noqa: T201
+    _say(f"{arguments.out}: {done}")
     return 0
 
 
@@ -172,7 +179,7 @@ def _ask(arguments: argparse.Namespace, _: list[str]) -> int:
     from vlm.data.index import load_index
 
     done = ask(load_index(arguments.folder), arguments.out, arguments.per_image, arguments.seed)
-    print(f"{arguments.out}: {done}")  # noqa: T201
+    _say(f"{arguments.out}: {done}")
     return 0
 
 
@@ -200,7 +207,7 @@ def _filter(arguments: argparse.Namespace, _: list[str]) -> int:
         raise ConfigError("--worst needs scores: give a model that compares images and texts with --model.")
     else:
         done = filter_shards(shards, arguments.out, rules)
-    print(f"{arguments.out}: {done}")  # noqa: T201
+    _say(f"{arguments.out}: {done}")
     return 0
 
 
@@ -212,5 +219,5 @@ def _caption(arguments: argparse.Namespace, _: list[str]) -> int:
     shards = load_index(arguments.folder)
     predictor = Predictor.load(arguments.model)
     done = caption(predictor, shards, arguments.out, arguments.below, arguments.filter, arguments.seed)
-    print(f"{arguments.out}: {done}")  # noqa: T201
+    _say(f"{arguments.out}: {done}")
     return 0

@@ -13,9 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from braceexpand import braceexpand
-
 from vlm.config import CacheConfig
+from vlm.data.places import PATTERN, SHARD, check_source, expand, folder_name, guess_source, remote_place
 from vlm.data.records import Location, scan_shard
 from vlm.data.remote import RemoteShard, is_remote, limit, read_small
 from vlm.data.transport import Interrupted, Refused
@@ -24,8 +23,7 @@ from vlm.files import write_json
 
 log = logging.getLogger(__name__)
 REPLACING = "index.replacing"  # marks a folder whose shards are being replaced
-SHARD = "{shard}"  # stands for the shard's name in the root of a remote set
-PATTERN = re.compile(r"[^\s/'\"=]+\.tar(?![\w.])")  # the file name, with braces, in a remote location
+MADE_BY = "vlm ShardWriter"
 GIVEN = re.compile(
     r"(https?|s3|gs|hf)://"
 )  # what an index file may name as its root: no command, no folder of this machine
@@ -51,6 +49,8 @@ class ShardSet:
     """Where copies of remote shards are kept."""
     counted: bool = True
     """Whether the numbers of records are known (`list_shards`)."""
+    guessed: bool = False
+    """Whether the source is made of the folder's name, and nobody gave it."""
 
     def locate(self, shard: ShardInfo) -> Location:
         """What `ShardReader.read` finds the shard by."""
@@ -70,7 +70,7 @@ def load_index(path: str | Path, cache: CacheConfig | None = None) -> ShardSet:
 
     A folder without `index.json` is indexed from img2dataset's `*_stats.json` or the tars' headers, and the index written beside them where that is
     possible. cache: where copies of remote shards will be kept. Raises UserError for a missing folder or shard, for an unusable index, and for a
-    remote location without an index.
+    remote location without an index; ConfigError for an unusable pattern.
     """
     text, cache = str(path), cache or CacheConfig()
     if is_remote(text):
@@ -80,7 +80,7 @@ def load_index(path: str | Path, cache: CacheConfig | None = None) -> ShardSet:
     names = None
     folder = Path(path)
     if text.endswith(".tar"):
-        files = [Path(p) for p in braceexpand(text)]
+        files = [Path(p) for p in expand(text, text)]
         folder, names = files[0].parent, [f.name for f in files]
         if any(f.parent != folder for f in files):
             raise UserError(f"{text} spans several folders; give one pattern for each.")
@@ -93,7 +93,8 @@ def load_index(path: str | Path, cache: CacheConfig | None = None) -> ShardSet:
     present = sorted(p.name for p in folder.glob("*.tar"))
     known = _read_index(folder / "index.json") if (folder / "index.json").exists() else None
     if known is None:
-        known = write_index(folder) if names is None or set(names) == set(present) else _index_folder(folder, names)
+        part = None if names is None or set(names) == set(present) else names
+        known = _kept(_index_folder(folder, present)) if part is None else _index_folder(folder, part)
     elif names is None and (extra := sorted(set(present) - {s.name for s in known.shards})):
         raise UserError(
             f"{folder}/index.json does not list {extra[0]} ({len(extra)} such); make it anew with `vlm shards index {folder}`."
@@ -104,7 +105,7 @@ def load_index(path: str | Path, cache: CacheConfig | None = None) -> ShardSet:
             raise UserError(
                 f"{folder}/index.json does not list {lost[0]} ({len(lost)} such); make it anew with `vlm shards index {folder}`."
             )
-        known = ShardSet(known.root, known.source, tuple(listed[n] for n in names))
+        known = replace(known, shards=tuple(listed[n] for n in names))
     if missing := sorted({s.name for s in known.shards} - set(present)):
         raise UserError(
             f"{folder} lacks {missing[0]} ({len(missing)} shards of its index); copy it there or run `vlm shards index {folder}`."
@@ -115,25 +116,65 @@ def load_index(path: str | Path, cache: CacheConfig | None = None) -> ShardSet:
 def list_shards(path: str | Path, cache: CacheConfig | None = None) -> ShardSet:
     """As `load_index`; but the shards of a remote brace pattern are taken as it names them, not counted, and no index is looked for."""
     text = str(path)
-    names = [name for found in PATTERN.findall(text) for name in braceexpand(found)] if is_remote(text) else []
+    names = [name for found in PATTERN.findall(text) for name in expand(found, text)] if is_remote(text) else []
     if not names:
         return load_index(path, cache)
-    root, source = _remote_place(text)[:2]
-    return ShardSet(root, source, tuple(ShardInfo(n, 0, 0) for n in names), cache or CacheConfig(), counted=False)
+    root, shards = remote_place(text)[0], tuple(ShardInfo(n, 0, 0) for n in names)
+    return ShardSet(root, guess_source(root), shards, cache or CacheConfig(), counted=False, guessed=True)
 
 
 def write_index(folder: str | Path, source: str | None = None) -> ShardSet:
-    """Counts the records of every tar in a local folder and writes `index.json` there (atomically; a read-only folder is left as it is)."""
+    """Counts the records of every tar in a local folder and writes `index.json` there (atomically).
+
+    The source stays what it was where none is given, and the tars stay ShardWriter's, if it wrote them all. Raises UserError where the folder holds
+    no shards or cannot be written, and for a name that no source can have.
+    """
     folder = Path(folder)
-    found = _index_folder(folder, sorted(p.name for p in folder.glob("*.tar")), source)
+    if source is not None:
+        check_source(source)
+    present = sorted(p.name for p in folder.glob("*.tar"))
+    ours = is_ours(folder, present)
+    found = _index_folder(folder, present)
     try:
-        write_json(folder / "index.json", index_content(found.source, found.shards))
+        before = _parse_index(found.root, (folder / "index.json").read_bytes())
+        found = replace(found, source=before.source, guessed=before.guessed)
+    except (OSError, ValueError, KeyError, TypeError):
+        before = found  # none, or one that cannot be used: it is made anew for that reason
+    if source is not None:
+        found = replace(found, source=source, guessed=False)
+    _write(found, {"made_by": MADE_BY} if ours else {})
+    if found.source != before.source:
+        log.warning(
+            "%s: its source was %s and is %s now, so its images have other identities: what a checkpoint saw of them before is not found any more.",
+            *(folder, before.source, found.source),
+        )
+    return found
+
+
+def is_ours(folder: Path, tars: Sequence[str]) -> bool:
+    """Whether ShardWriter wrote all of these and may replace them; an index alone does not say so, as foreign shards get one at first use."""
+    try:
+        content = json.loads((folder / "index.json").read_bytes())
+        return content["made_by"] == MADE_BY and {s["name"] for s in content["shards"]} >= set(tars)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _kept(found: ShardSet) -> ShardSet:
+    """The same, written beside the shards; a folder that cannot be written is left as it is."""
+    try:
+        _write(found, {})
     except UserError as error:
         log.warning("%s The shards will be counted again next time.", error)
     return found
 
 
-def _index_folder(folder: Path, names: Sequence[str], source: str | None = None) -> ShardSet:
+def _write(found: ShardSet, more: dict[str, Any]) -> None:
+    content = index_content(found.source, found.shards) | {"source_guessed": found.guessed} | more
+    write_json(Path(found.root) / "index.json", content)
+
+
+def _index_folder(folder: Path, names: Sequence[str]) -> ShardSet:
     if not names:
         raise UserError(f"{folder} holds no shards (*.tar). Make them with datasets/NAME/prepare.py.")
     shards = []
@@ -142,7 +183,7 @@ def _index_folder(folder: Path, names: Sequence[str], source: str | None = None)
         if not file.is_file():
             raise UserError(f"{file} is no file; correct the pattern or copy the shard there.")
         shards.append(ShardInfo(name, _count(file), file.stat().st_size))
-    return ShardSet(str(folder), source or folder.resolve().name, tuple(shards))
+    return ShardSet(str(folder), guess_source(str(folder)), tuple(shards), guessed=True)
 
 
 def _count(file: Path) -> int:
@@ -177,7 +218,10 @@ def _read_index(path: Path) -> ShardSet:
 def _parse_index(root: str, data: bytes) -> ShardSet:
     content = json.loads(data)
     shards = tuple(_shard_info(s["name"], s["samples"], s["bytes"]) for s in content["shards"])
-    return ShardSet(root, str(content["source"]), shards)
+    source = str(content["source"])
+    # one that does not say was perhaps made at the first use by an earlier release, which took the folder's name
+    unsaid = "made_by" not in content and source == folder_name(root)
+    return ShardSet(root, source, shards, guessed=bool(content.get("source_guessed", unsaid)))
 
 
 def _shard_info(name: Any, samples: Any, size: Any) -> ShardInfo:
@@ -200,9 +244,9 @@ def _load_given(path: Path, cache: CacheConfig) -> ShardSet:
 
 def _load_remote(text: str, cache: CacheConfig) -> ShardSet:
     """The shards of an address or command. Names that are read from it are used in addresses only: a command takes those of its own pattern."""
-    root, source, before, after, names = _remote_place(text)
+    root, before, after, names = remote_place(text)
     try:
-        known = _remote_index(before, after, root, source, names, cache)
+        known = _remote_index(before, after, root, names, cache)
     except (Refused, Interrupted, ValueError, KeyError, TypeError) as error:
         how = "make it beside a local copy with `vlm shards index FOLDER` and upload it with the shards"
         raise UserError(f"{before}index.json{after} cannot be read ({error}); remote shards need one: {how}.") from None
@@ -216,23 +260,7 @@ def _load_remote(text: str, cache: CacheConfig) -> ShardSet:
     return replace(known, cache=cache)
 
 
-def _remote_place(text: str) -> tuple[str, str, str, str, list[str] | None]:
-    """Root and source of an address or command, what stands before and after its pattern, and the names that this gives."""
-    found = list(PATTERN.finditer(text))
-    if len(found) > 1 or (text.startswith("pipe:") and not found):
-        raise UserError(
-            f"{text}: expected one file name or brace pattern that ends in .tar, such as {{00000..00331}}.tar."
-        )
-    before, after, names = text.rstrip("/") + "/", "", None
-    if found:
-        before, after, names = text[: found[0].start()], text[found[0].end() :], list(braceexpand(found[0][0]))
-    root = before.rstrip("/") if not after else f"{before}{SHARD}{after}"
-    return root, before.rstrip("/").rsplit("/", 1)[-1].rsplit(" ", 1)[-1], before, after, names
-
-
-def _remote_index(
-    before: str, after: str, root: str, source: str, names: list[str] | None, cache: CacheConfig
-) -> ShardSet:
+def _remote_index(before: str, after: str, root: str, names: list[str] | None, cache: CacheConfig) -> ShardSet:
     try:
         return _parse_index(root, read_small(f"{before}index.json{after}", cache))
     except (Refused, Interrupted) as error:
@@ -240,7 +268,7 @@ def _remote_index(
             raise
         for read in (_hub_info, _stats):
             try:
-                return ShardSet(root, source, tuple(read(before, after, names, cache)))
+                return ShardSet(root, guess_source(root), tuple(read(before, after, names, cache)), guessed=True)
             except (Refused, Interrupted, ValueError, KeyError, TypeError):
                 continue
         raise

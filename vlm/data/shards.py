@@ -10,12 +10,14 @@ from typing import IO, Any, Self
 
 import webdataset
 
-from vlm.data.index import REPLACING, ShardInfo, ShardSet, index_content, load_index, write_index
+from vlm.data.index import MADE_BY, REPLACING, ShardInfo, ShardSet, index_content, is_ours, load_index, write_index
+from vlm.data.places import check_source
 from vlm.data.records import IMAGE_EXTENSIONS, BadRecord, Record, ShardReader, image_hash
 from vlm.errors import UserError
 from vlm.files import write_json
 
 __all__ = [
+    "MADE_BY",
     "BadRecord",
     "Record",
     "ShardInfo",
@@ -26,8 +28,6 @@ __all__ = [
     "load_index",
     "write_index",
 ]
-
-MADE_BY = "vlm ShardWriter"
 
 
 class ShardWriter:
@@ -41,10 +41,7 @@ class ShardWriter:
         self.folder, self.source, self.samples_per_shard = Path(folder).absolute(), source, samples_per_shard
         if samples_per_shard < 1:
             raise UserError(f"samples_per_shard={samples_per_shard}; expected at least 1.")
-        if not source or "/" in source:
-            raise UserError(
-                f"source={source!r}; expected a name without '/': it becomes part of every image's identity."
-            )
+        check_source(source)
         self._keys: set[str] = set()
         self._shards: list[ShardInfo] = []
         self._file: IO[bytes] | None = None
@@ -56,7 +53,7 @@ class ShardWriter:
     def check(self) -> None:
         """Raises UserError where the folder holds tar files of others: for long work that wants to know before it begins."""
         tars = sorted(p.name for p in self.folder.glob("*.tar"))
-        if tars and not (self.folder / REPLACING).exists() and not _is_ours(self.folder, tars):
+        if tars and not (self.folder / REPLACING).exists() and not is_ours(self.folder, tars):
             raise UserError(
                 f"{self.folder} holds tar files that ShardWriter did not write ({len(tars)}, first {tars[0]}); choose another folder."
             )
@@ -110,7 +107,8 @@ class ShardWriter:
             fields["image_id"] = image_id
         if synthetic:
             fields["synthetic"] = list(synthetic)
-        text = json.dumps(fields, ensure_ascii=False).encode()
+        # bytes of a name that are not UTF-8 are half characters, and these are written as JSON's own escapes
+        text = json.dumps(fields, ensure_ascii=False).encode(errors="backslashreplace")
         try:
             self._open_shard().write({"__key__": key, extension: image, "json": text})
             self._keys.add(key)
@@ -170,15 +168,6 @@ class ShardWriter:
             os.replace(path, self.folder / path.name)
         os.replace(self._temporary / "index.json", self.folder / "index.json")
         (self.folder / REPLACING).unlink()
-
-
-def _is_ours(folder: Path, tars: Sequence[str]) -> bool:
-    """Whether ShardWriter wrote all of these and may replace them; an index alone does not say so, as foreign shards get one at first use."""
-    try:
-        content = json.loads((folder / "index.json").read_bytes())
-        return content["made_by"] == MADE_BY and {s["name"] for s in content["shards"]} >= set(tars)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def _full(folder: Path, error: OSError) -> UserError:

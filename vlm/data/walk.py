@@ -77,13 +77,18 @@ def rewriting(shards: ShardSet, out: Path) -> ShardWriter:
     Raises:
         ConfigError: `out` is the folder that is read. UserError: `out` holds tar files of others.
     """
-    if Path(shards.root).resolve() == out.resolve():
-        raise ConfigError(f"{out} is the folder that is read, and shards are never changed in place; give another one.")
+    check_apart([shards], out)
     if not shards.samples:
         raise UserError(f"{shards.root} holds no records.")
     writer = ShardWriter(out, shards.source, max(shard.samples for shard in shards.shards))
     writer.check()
     return writer
+
+
+def check_apart(sets: Sequence[ShardSet], out: Path) -> None:
+    """Raises ConfigError where `out` is a folder that is read."""
+    if out.resolve() in [Path(shards.root).resolve() for shards in sets]:
+        raise ConfigError(f"{out} is the folder that is read, and shards are never changed in place; give another one.")
 
 
 def copy(writer: ShardWriter, record: Record, captions: Sequence[str], made: Sequence[str] = ()) -> None:
