@@ -81,7 +81,8 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
         raise UserError("drawing needs matplotlib: pip install 'vlm-fusion[demo]'.") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from PIL import Image, ImageOps
+
+    from vlm.data.images import decode_image
 
     lines = -(-len(rows) // COLUMNS)
     figure, axes = pyplot.subplots(
@@ -90,7 +91,7 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
     for axis in axes.flat:
         axis.axis("off")
     for axis, row in zip(axes.flat, rows, strict=False):
-        axis.imshow(ImageOps.exif_transpose(Image.open(row["path"]).convert("RGB")))
+        axis.imshow(decode_image(row["path"]))
         axis.set_title("\n".join(textwrap.wrap(row["caption"], 36)), fontsize=10)
         for number, (question, answer, right) in enumerate(row["answers"]):
             colour = "darkgreen" if answer == right else "firebrick"

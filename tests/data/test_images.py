@@ -1,4 +1,4 @@
-"""Every kind of image that Pillow opens becomes RGB; everything else is refused in one line; transforms keep their promises."""
+"""Every kind of image that is read becomes RGB; everything else is refused in one line; transforms keep their promises."""
 
 import io
 import pickle

@@ -16,12 +16,17 @@ if TYPE_CHECKING:  # decoding works without PyTorch: `vlm.onnx.runner` does
     from torch import Tensor
 
 MAX_PIXELS = 178_956_970
-"""Larger images are refused unread: Pillow's own limit, 512 MiB as RGB."""
+"""Larger images are refused unread: Pillow's own limit. One of this size takes 683 MiB as RGB, 4 bytes a pixel; its decoding to an array was measured
+to take at its peak 3 to 11 bytes a pixel from JPEG, 10 to 13 from PNG and TIFF of any depth, up to 20 (3.3 GiB) from WebP and JPEG 2000."""
 
 ORIENTATION = 0x0112
 _GREY = (128, 128, 128)
 _SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
-_FORMATS = "expected JPEG, PNG, WebP or another format that Pillow reads"
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""Pillow's names of what is read. It knows more formats, seldom of photographs, and runs Ghostscript for EPS. AVIF is last: an old Pillow lacks it,
+which is a KeyError for a file that is none of the others."""
+_EXPECTED = "expected JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, JPEG 2000 or AVIF"
+_STRIP = 2**18  # pixels scaled at one time
 
 
 def decode_image(
@@ -89,13 +94,26 @@ def _open(source: bytes | str | Path, name: str) -> Image.Image:
     """Read the header only, so that a decompression bomb is refused before it takes memory."""
     data = source if isinstance(source, bytes) else _read(Path(source), name)
     if not data:
-        raise BadImage(f"{name}: empty (0 bytes); {_FORMATS}.")
+        raise BadImage(f"{name}: empty (0 bytes); {_EXPECTED}.")
     try:
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise BadImage(f"{name}: too large, more than {MAX_PIXELS:,} pixels; reduce the image.") from error
     except Exception as error:
-        raise BadImage(f"{name}: not an image (the first bytes are {_show(data)}); {_FORMATS}.") from error
+        if kind := _other_format(data):
+            raise BadImage(f"{name}: the format is {kind}; {_EXPECTED}. Convert the image.") from error
+        raise BadImage(f"{name}: not an image (the first bytes are {_show(data)}); {_EXPECTED}.") from error
+
+
+def _other_format(data: bytes) -> str | None:
+    """Pillow's name of the format that is not read, if the first bytes are of one; no more of the file is looked at."""
+    for kind, (_, accepts) in Image.OPEN.items():
+        try:
+            if kind not in FORMATS and accepts is not None and accepts(data[:16]):
+                return kind
+        except Exception:  # too few bytes for this one
+            continue
+    return None
 
 
 def _show(data: bytes) -> str:
@@ -125,13 +143,22 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _to_8_bits(pixels: np.ndarray) -> np.ndarray:
     """Greyscale of any depth to uint8, by the range of its type: 65,535 for 16 bits and integers that keep to it; 1 or 255 for floats that keep
     to it; anything else by its own extremes."""
-    values = np.nan_to_num(pixels.astype(np.float64))
-    low, high = float(values.min()), float(values.max())
+    flat, scaled = pixels.reshape(-1), np.empty(pixels.size, np.uint8)
+    # in strips: float64 of all pixels at one time would take ten times the room of the image
+    strips = [slice(start, start + _STRIP) for start in range(0, pixels.size, _STRIP)]
+    ends = [(values.min(), values.max()) for values in (_numbers(flat[strip]) for strip in strips)]
+    low, high = float(min(end[0] for end in ends)), float(max(end[1] for end in ends))
     ranges = (1.0, 255.0, 65535.0) if pixels.dtype.kind == "f" else (65535.0,)
     if low >= 0:
         low, high = 0.0, next((limit for limit in ranges if high <= limit), high)
-    scaled = (values - low) * (255 / max(high - low, 1e-12))
-    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+    factor = 255 / max(high - low, 1e-12)
+    for strip in strips:
+        scaled[strip] = np.clip(np.rint((_numbers(flat[strip]) - low) * factor), 0, 255)
+    return scaled.reshape(pixels.shape)
+
+
+def _numbers(pixels: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(pixels.astype(np.float64))
 
 
 def _lab_to_rgb(image: Image.Image) -> Image.Image:

@@ -28,7 +28,7 @@ def _from_jpeg(data: bytes, at_least: int | None) -> np.ndarray | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))  # its header
+            image = Image.open(io.BytesIO(data), formats=("JPEG",))  # its header
             turned = image.getexif().get(ORIENTATION, 1) != 1
         width, height = image.size
         if image.format != "JPEG" or image.mode != "RGB" or turned or width * height > MAX_PIXELS:

@@ -22,6 +22,7 @@ from webdataset.tariterators import base_plus_ext
 
 from vlm.data.headers import Member, plain_members
 from vlm.data.prefetch import Prefetcher
+from vlm.data.questions import read_questions
 from vlm.data.remote import RemoteShard, UnreadableShard
 from vlm.errors import UserError
 
@@ -49,9 +50,9 @@ class BadRecord(UserError):
 class Record:
     """One image with its texts.
 
-    image: the encoded bytes. captions: non-empty strings. questions: dicts with at least "question" (and "question_id", "answers"). image_id: signed
-    64-bit hash of "source/id", equal for equal images; name: that id as the record gives it, or the key. At least one caption or question is present,
-    unless bare ones were asked for. synthetic: those of the captions that a model made.
+    image: the encoded bytes. captions: non-empty strings. questions: as `read_questions` gives them. image_id: signed 64-bit hash of "source/id",
+    equal for equal images; name: that id as the record gives it, or the key. At least one caption or question is present, unless bare ones were asked
+    for. synthetic: those of the captions that a model made.
     """
 
     source: str
@@ -87,13 +88,12 @@ def parse_record(source: str, key: str, members: dict[str, bytes], bare: bool = 
     captions = fields.get("captions")
     if captions is None:  # img2dataset repeats the .txt in its json's "caption"; that one serves where there is no .txt
         captions = [_decode(name, members["txt"])] if "txt" in members else [fields.get("caption") or ""]
-    questions = fields.get("questions") or []
     if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
         raise BadRecord("broken json", f'{name}: "captions" is not a list of strings.')
-    if not isinstance(questions, list) or not all(
-        isinstance(q, dict) and isinstance(q.get("question"), str) for q in questions
-    ):
-        raise BadRecord("broken json", f'{name}: "questions" is not a list of objects with a "question".')
+    try:
+        questions = read_questions(fields.get("questions"), key)
+    except ValueError as error:
+        raise BadRecord("broken json", f"{name}: {error}") from None
     captions = [c.strip() for c in captions if c.strip()]
     if not captions and not questions and not bare:
         raise BadRecord("no text", f"{name} has neither a caption nor a question.")
@@ -123,10 +123,16 @@ def _parse_json(name: str, data: bytes) -> dict[str, Any]:
         raise BadRecord("broken json", f"{name}: its .json is not an object.")
     if "\\ud" in text.lower():  # half of an escaped pair is no character: tokenizers and files would refuse it later
         try:
-            json.dumps(fields, ensure_ascii=False).encode()
+            json.dumps(json.loads(text, object_hook=_without_names), ensure_ascii=False).encode()
+            json.dumps(fields, ensure_ascii=False).encode(errors="surrogateescape")
         except UnicodeEncodeError:
             raise BadRecord("not UTF-8", f"{name}: its .json holds an unpaired surrogate.") from None
     return fields
+
+
+def _without_names(fields: dict[str, Any]) -> dict[str, Any]:
+    """Names may be those of files, whose bytes that are not UTF-8 are half characters."""
+    return {key: value for key, value in fields.items() if key not in ("image_id", "question_id")}
 
 
 def member_key(name: str) -> tuple[str, str] | None:
