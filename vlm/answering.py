@@ -76,7 +76,8 @@ class Answerer:
 
     def _fused(self, tokens: Tensor, question: str) -> Tensor:
         """(1, L, D) states of the question."""
-        ids = torch.tensor([self.tokenizer.encode(clean_question(question), self.max_tokens)], device=tokens.device)
+        asked = clean_question(question, cleaning=self.tokenizer.question_cleaning)
+        ids = torch.tensor([self.tokenizer.encode(asked, self.max_tokens)], device=tokens.device)
         view = self.model.text_view(ids, torch.ones_like(ids, dtype=torch.bool))
         return self.model.fuse(view, self.model.memory(tokens, None, "fusion"))
 

@@ -30,6 +30,7 @@ def checkpoint_metadata(config: Config) -> dict[str, Any]:
         "text": {
             "prompt": config.data.prompt,
             "question_prompt": config.data.question_prompt,
+            "question_cleaning": config.data.question_cleaning,
             "max_tokens": config.data.max_tokens,
             "max_answer_tokens": config.data.max_answer_tokens,
         },

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -365,6 +366,32 @@ def test_albef_of_questions(vocabulary: Path, tmp_path: Path, dtype: torch.dtype
     close(states[mask], fused[mask], tolerance)
     expected = albef.decoder(ids[:, :4], encoder_hidden_states=fused, encoder_attention_mask=mask.long()).logits
     close(ours.decode(ids[:, :4], ours.memory(states, mask, "decoder")), expected, tolerance)
+
+
+# Questions
+
+
+@pytest.mark.parametrize(
+    ("family", "cleaned", "another"),
+    [
+        (BLIP, "is the man's red/blue t-shirt, 1030, new?", "is the man's red/blue t-shirt, 1030, new"),
+        (ALBEF, "is the mans red blue t shirt 1030 new", "is the man s red blue t shirt 10 30 new"),
+    ],
+    ids=["BLIP", "ALBEF"],
+)
+def test_questions_are_cleaned_as_in_the_authors_training(
+    family: Any, cleaned: str, another: str, vocabulary: Path, tmp_path: Path
+) -> None:
+    """`pre_question` of salesforce/BLIP's data/utils.py and salesforce/ALBEF's dataset/utils.py."""
+    state = original(blip("vqa", vocabulary)) if family is BLIP else Albef(vocabulary).state("vqa")
+    ours = converted(family, file_of(state, tmp_path), vocabulary)
+    image = Image.new("RGB", (40, 30), "red")
+    typed = ours.answer(image, 'Is the man\'s "red/blue" T-shirt, (10:30), new?')
+    assert typed == ours.answer(image, cleaned) != ours.answer(image, another)
+    # What is trained from here is asked in the same way.
+    tuned = build_parts(Config(task="vqa", init_from=str(tmp_path / "model-ours")), [])
+    name = "blip" if family is BLIP else "albef"
+    assert tuned.config.data.question_cleaning == tuned.tokenizer.question_cleaning == name
 
 
 # Momentum copies and the queue

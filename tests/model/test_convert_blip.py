@@ -32,7 +32,7 @@ from vlm.checkpoint import write_checkpoint
 from vlm.cli import main
 from vlm.config import Config, GenerationConfig, ModelConfig
 from vlm.convert import convert_blip, convert_to_blip
-from vlm.data.text import Tokenizer, tidy, train_wordpiece
+from vlm.data.text import Tokenizer, clean_question, tidy, train_wordpiece
 from vlm.errors import CheckpointError, UserError
 from vlm.model.convert.blip import VITS
 from vlm.model.pretrained import load_metadata, load_pretrained
@@ -291,6 +291,14 @@ def test_a_converted_captioner_captions_and_says_what_it_lacks(make: Make, tmp_p
 
 
 QUESTIONS = [*TEXTS, "what color is the small circle", "how many dogs", "a"]
+TYPED = [
+    "What color is the small circle?",
+    "how many dogs are there?",
+    "Is the man's horse brown, or black?",
+    'Is it a "t-shirt"? (Yes or no.)',
+    "two dogs: left; right!",
+    "how many horses are there in the picture ?",
+]
 
 
 @torch.no_grad()
@@ -353,6 +361,47 @@ def test_answers_equal_one_unpadded_question_at_a_time(make: Make, settings: dic
     assert [text for text, _ in together] == expected
     with pytest.raises(CheckpointError, match="answers questions only"):
         predictor.caption(images)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_questions_are_read_as_they_are_typed(make: Make, beams: int) -> None:
+    """As transformers' processor does it, which cleans nothing."""
+    source, model = make("vqa", torch.float64)
+    settings = {"max_new_tokens": 6, "num_beams": beams}
+    (source / "generation_config.json").write_text(json.dumps(settings))
+    predictor, words = converted(source, torch.float64), AutoTokenizer.from_pretrained(source)
+    images = pictures(len(TYPED))
+    _, theirs = pixels(predictor, images, torch.float64)
+
+    def answers(questions: list[str]) -> list[str]:
+        found = []
+        for question, image in zip(questions, theirs, strict=True):
+            ids = torch.tensor([words(question).input_ids])
+            produced = model.generate(ids, image[None], torch.ones_like(ids), min_new_tokens=1, **settings)
+            found.append(tidy(predictor.tokenizer.decode(produced[0, 1:].tolist())))
+        return found
+
+    expected = answers(TYPED)
+    assert [predictor.answer(i, q).text for i, q in zip(images, TYPED, strict=True)] == expected
+    assert expected != answers([clean_question(question) for question in TYPED]), "it must matter"
+
+
+@pytest.mark.parametrize("cleaning", ["vlm", "blip", "none"])
+def test_the_cleaning_of_questions_comes_back(make: Make, cleaning: str) -> None:
+    source, _ = make("vqa")
+    ours, back, again = (source.with_name(name) for name in ("ours", "back", "again"))
+    convert_blip(source, ours)
+    assert load_metadata(ours)["text"]["question_cleaning"] == "none"
+    edit(ours / "config.json", text__question_cleaning=cleaning)
+    told = convert_to_blip(ours, back).left_out
+    assert [line for line in told if "questions" in line] == (
+        [] if cleaning == "none" else [f"the cleaning of questions ({cleaning}), which is done by hand there"]
+    )
+    BlipForQuestionAnswering.from_pretrained(back)
+    convert_blip(back, again)
+    assert load_metadata(again) == load_metadata(ours)
+    edit(back / "config.json", question_cleaning="clip")
+    refused(back, "config.json: question_cleaning is 'clip', expected one of vlm, blip, albef, none")
 
 
 # Retrieval

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+QuestionCleaning = Literal["vlm", "blip", "albef", "none"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class SplitsConfig:
@@ -63,6 +65,10 @@ class DataConfig:
     """Leading words of each caption, not predicted (BLIP: 'a picture of ')."""
     question_prompt: str = "question: {question} answer:"
     """How a question becomes a prompt in the VQA form `prompted`."""
+    question_cleaning: QuestionCleaning = "vlm"
+    """What becomes of a question before it is tokenized; with init_from the checkpoint's way counts. vlm: lower case, without .!"()*#:;~ and the
+    question mark; blip, albef: as their authors, who keep the question mark (BLIP), or take ' and , away too and part words at - and / (ALBEF);
+    none: it stays as it is, as in transformers."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
     """Area range of RandomResizedCrop."""
     flip: bool = True

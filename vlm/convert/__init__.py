@@ -16,7 +16,7 @@ from torch import Tensor
 from vlm.checkpoint import ANSWERS, checkpoint_metadata
 from vlm.config import Config, DataConfig, GenerationConfig, Head, ModelConfig, VqaConfig
 from vlm.data.spellings import spellings
-from vlm.data.text import Tokenizer
+from vlm.data.text import Tokenizer, known_cleaning
 from vlm.errors import CheckpointError, UserError
 from vlm.model.convert.blip import (
     BLIP_MODEL,
@@ -36,6 +36,9 @@ from vlm.model.pretrained import CONFIG, load_metadata, load_state, model_config
 from vlm.model.pretrained import save_pretrained as write_folder
 from vlm.model.vision_language import VisionLanguageModel
 
+CLEANING = "question_cleaning"
+"""In config.json of a folder that `convert_to_blip` writes, for the way back; transformers, which cleans nothing, passes over it."""
+
 
 @dataclass(frozen=True)
 class Converted:
@@ -52,6 +55,8 @@ def convert_blip(source: Path, target: Path, prompt: str = "") -> Converted:
     BlipForImageTextRetrieval embeds and matches, BlipModel embeds; for the rest the predictor says what is missing. Generation settings are those of
     generation_config.json, else of text_config (older folders), else transformers' defaults, which are greedy decoding and 20 new tokens.
     transformers 5 itself passes over a BLIP folder's generation_config.json; here it counts.
+
+    Questions stay as they are typed, as in transformers.
 
     prompt: the words that every caption continues ("a picture of "). transformers' folders do not say it, but their lengths count its tokens.
 
@@ -86,7 +91,12 @@ def convert_blip(source: Path, target: Path, prompt: str = "") -> Converted:
     settings = Config(
         task={CAPTIONING.name: "captioning", QUESTION_ANSWERING.name: "vqa"}.get(form.name, "pretraining"),  # type: ignore[arg-type]
         model=config,
-        data=DataConfig(prompt=prompt, max_tokens=config.text.max_positions, max_answer_tokens=generation.max_length),
+        data=DataConfig(
+            prompt=prompt,
+            question_cleaning=known_cleaning(foreign.get(CLEANING, "none"), name),
+            max_tokens=config.text.max_positions,
+            max_answer_tokens=generation.max_length,
+        ),
         vqa=VqaConfig(form="encoder_decoder" if form is QUESTION_ANSWERING else "prompted", inference="generate"),
         generation=generation,
     )
@@ -114,6 +124,7 @@ def convert_to_blip(source: Path, target: Path) -> Converted:
     patch = vit_shape(config).patch
     side = round((state["image_encoder.backbone.pos_embed"].shape[1] - 1) ** 0.5) * patch
     foreign = to_blip_config(config, form, side, tokenizer.cls_id, tokenizer.sep_id)
+    foreign[CLEANING] = tokenizer.question_cleaning
     weights = to_blip_state_dict(state, form, config)
     generation, text = metadata.get("generation") or {}, metadata.get("text") or {}
     settings = GenerationConfig(**{k: v for k, v in generation.items() if k in asdict(GenerationConfig())})
@@ -129,7 +140,10 @@ def convert_to_blip(source: Path, target: Path) -> Converted:
         write_folder(weights, new, foreign, tokenizer.to_json(), _foreign_card(form, source))
         for name, content in files.items():
             (new / name).write_text(json.dumps(content, indent=2) + "\n")
-    return Converted(form.name, _left_out(config, form, state, metadata, source))
+    left_out = _left_out(config, form, state, metadata, source)
+    if form is QUESTION_ANSWERING and tokenizer.question_cleaning != "none":
+        left_out += (f"the cleaning of questions ({tokenizer.question_cleaning}), which is done by hand there",)
+    return Converted(form.name, left_out)
 
 
 def _form_for(metadata: dict[str, Any], config: ModelConfig) -> Form:
@@ -213,7 +227,7 @@ def converted_card(task: str, heads: Sequence[Head], source: str, target: Path) 
     if task == "captioning":
         pipeline, use = "image-to-text", 'print(predictor.caption(["img.jpg"])[0].text)'
     elif task == "vqa":
-        question = '"how many dogs are there"'
+        question = '"how many dogs are there?"'
         pipeline, use = "visual-question-answering", f'print(predictor.answer("img.jpg", {question}).text)'
     elif "matching" in heads:
         use = 'print(predictor.match("img.jpg", ["a dog", "a cat"]))'

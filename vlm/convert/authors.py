@@ -1,7 +1,7 @@
 """The .pth files of ALBEF's and BLIP's authors as checkpoint folders: `vlm convert albef` and `vlm convert blip-original`.
 
 A file has weights only. The rest is as published: images are normalised as CLIP's, captions and answers decoded with the settings in the authors'
-configs; the vocabulary, bert-base-uncased's, must be given.
+configs, questions cleaned as in their training; the vocabulary, bert-base-uncased's, must be given.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlm.checkpoint import checkpoint_metadata
 from vlm.config import Config, DataConfig, GenerationConfig, ModelConfig, VqaConfig
+from vlm.config.data import QuestionCleaning
 from vlm.convert import Converted, converted_card, refuse_existing
 from vlm.data.text import Tokenizer
 from vlm.errors import CheckpointError, ConfigError, UserError
@@ -33,15 +34,17 @@ CAPTION_LENGTHS, ANSWER_LENGTHS, BEAMS = (20, 5), (10, 2), 3
 
 @dataclass(frozen=True)
 class Family:
-    """Whose files: how a file's kind and its settings are told. added_tokens: those of the model behind the vocabulary's."""
+    """Whose files: how a file's kind and its settings are told. added_tokens: those of the model behind the vocabulary's. question_cleaning: that of
+    their training."""
 
     kind_of: Callable[[Iterable[str]], Kind]
     model_config: Callable[[Mapping[str, Tensor], Kind, str], ModelConfig]
     added_tokens: int
+    question_cleaning: QuestionCleaning
 
 
-ALBEF = Family(albef.kind_of, albef.model_config, 0)
-BLIP = Family(blip_original.kind_of, blip_original.model_config, blip_original.ADDED_TOKENS)
+ALBEF = Family(albef.kind_of, albef.model_config, 0, "albef")
+BLIP = Family(blip_original.kind_of, blip_original.model_config, blip_original.ADDED_TOKENS, "blip")
 
 
 def convert_original(
@@ -76,7 +79,7 @@ def convert_original(
     load_state(model, ours, str(source), "the sizes of its other tensors")
     if momentum is not None:
         load_state(model, ours | momentum.model, f"{source}, momentum copies", "those of its model")
-    settings = _settings(kind, config, words, prompt)
+    settings = _settings(family, kind, config, words, prompt)
     with replacing_folder(target) as new:
         card = converted_card(kind.task, config.heads, f"{kind.name} in `{source}`", target)
         save_pretrained(ours, new, checkpoint_metadata(settings), words.to_json(), card)
@@ -117,7 +120,7 @@ def _tokenizer(given: Path | None, config: ModelConfig, family: Family) -> Token
     return words
 
 
-def _settings(kind: Kind, config: ModelConfig, words: Tokenizer, prompt: str) -> Config:
+def _settings(family: Family, kind: Kind, config: ModelConfig, words: Tokenizer, prompt: str) -> Config:
     """A run's settings as published for such a model, for what a checkpoint tells of them."""
     prompt = prompt if kind.task == "captioning" else ""
     start, limit = len(words.encode(prompt)) - 1, config.text.max_positions
@@ -131,7 +134,12 @@ def _settings(kind: Kind, config: ModelConfig, words: Tokenizer, prompt: str) ->
     return Config(
         task=kind.task,
         model=config,
-        data=DataConfig(prompt=prompt, max_tokens=config.text.max_positions, max_answer_tokens=generation.max_length),
+        data=DataConfig(
+            prompt=prompt,
+            question_cleaning=family.question_cleaning,
+            max_tokens=config.text.max_positions,
+            max_answer_tokens=generation.max_length,
+        ),
         vqa=VqaConfig(form="encoder_decoder" if kind.task == "vqa" else "prompted", inference="generate"),
         generation=generation,
     )

@@ -11,12 +11,13 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from vlm.errors import UserError
+from vlm.config.data import QuestionCleaning
+from vlm.errors import CheckpointError, UserError
 from vlm.files import replace_text
 
 if TYPE_CHECKING:  # what reads and writes words works without PyTorch: `vlm.onnx.runner` does
@@ -30,21 +31,25 @@ _ROLES = {
     "mask": ("[MASK]", "<mask>"),
 }
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# What the authors' pre_question does to characters (salesforce/BLIP data/utils.py, salesforce/ALBEF dataset/utils.py).
+_ASKED = {"blip": str.maketrans("", "", '.!"()*#:;~'), "albef": str.maketrans("-/", "  ", ",.'!?\"()*#:;~")}
 
 
 class Tokenizer:
     """A Hugging Face `tokenizers` tokenizer with BERT's special tokens by role.
 
-    Attributes: `vocab_size`; `pad_id`, `unk_id`, `cls_id`, `sep_id`, `mask_id`; `special_ids`, all ids that stand for no word.
+    Attributes: `vocab_size`; `pad_id`, `unk_id`, `cls_id`, `sep_id`, `mask_id`; `special_ids`, all ids that stand for no word; `question_cleaning`,
+    how `clean_question` prepares a question for the model of this tokenizer.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+    def __init__(self, inner: tokenizers.Tokenizer, question_cleaning: QuestionCleaning = "vlm") -> None:
         """Raises UserError where a special token is missing."""
         # A file may bring the padding and truncation of its author; the lengths are ours to choose.
         inner.no_padding()
         inner.no_truncation()
         inner.encode_special_tokens = True  # "[SEP]" typed in a caption is text
         self._inner = inner
+        self.question_cleaning = question_cleaning
         vocab = inner.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
@@ -59,16 +64,18 @@ class Tokenizer:
         """Ids of WordPiece's pieces that go on with a word (##ing); empty for other kinds of tokenizers."""
         return frozenset(i for token, i in self._inner.get_vocab().items() if token.startswith("##"))
 
-    def __getstate__(self) -> str:
-        return self.to_json()
+    def __getstate__(self) -> tuple[str, QuestionCleaning]:
+        return self.to_json(), self.question_cleaning
 
-    def __setstate__(self, state: str) -> None:
-        self.__init__(tokenizers.Tokenizer.from_str(state))  # type: ignore[misc]
+    def __setstate__(self, state: tuple[str, QuestionCleaning]) -> None:
+        self.__init__(tokenizers.Tokenizer.from_str(state[0]), state[1])  # type: ignore[misc]
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """From a tokenizer.json, a BERT vocab.txt (taken as lower-case WordPiece), or a folder with one of them."""
+        """From a tokenizer.json, a BERT vocab.txt (taken as lower-case WordPiece), or a folder with one of them; a checkpoint's folder also says how
+        its questions are cleaned."""
         path = Path(path)
+        cleaning = _stored_cleaning(path / "config.json")
         if path.is_dir():
             found = [path / name for name in ("tokenizer.json", "vocab.txt") if (path / name).is_file()]
             if not found:
@@ -79,8 +86,8 @@ class Tokenizer:
         try:
             if path.suffix == ".txt":
                 tokens = path.read_text(encoding="utf-8").splitlines()
-                return cls(_bert({token: i for i, token in enumerate(tokens)}))
-            return cls(tokenizers.Tokenizer.from_file(str(path)))
+                return cls(_bert({token: i for i, token in enumerate(tokens)}), cleaning)
+            return cls(tokenizers.Tokenizer.from_file(str(path)), cleaning)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         except Exception as error:  # the Rust library raises plain Exception
@@ -127,6 +134,26 @@ class Tokenizer:
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """The token strings of ids, "" for an id without a token."""
         return [self._inner.id_to_token(i) or "" for i in ids]
+
+
+def _stored_cleaning(file: Path) -> QuestionCleaning:
+    """What config.json says; checkpoints of before and folders of others say nothing."""
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))["text"]["question_cleaning"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # damage is told by whoever reads the model
+        return "vlm"
+    return known_cleaning(stored, str(file))
+
+
+def known_cleaning(name: Any, source: str) -> QuestionCleaning:
+    """`name`, if it is one. Raises CheckpointError otherwise; source: what messages call the file."""
+    known = get_args(QuestionCleaning)
+    if name not in known:
+        raise CheckpointError(
+            f"{source}: question_cleaning is {name!r}, expected one of {', '.join(known)}; copy it again, or update the library."
+        )
+    found: QuestionCleaning = name
+    return found
 
 
 def _role(vocab: dict[str, int], role: str, names: Sequence[str]) -> int:
@@ -237,9 +264,13 @@ def clean_caption(text: str, max_words: int = 50) -> str:
     return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()[:max_words])
 
 
-def clean_question(text: str, max_words: int = 50) -> str:
-    """As captions, and without the question mark."""
-    return clean_caption(text.replace("?", " "), max_words)
+def clean_question(text: str, max_words: int = 50, cleaning: QuestionCleaning = "vlm") -> str:
+    """The way of `cleaning` (`DataConfig.question_cleaning`); vlm: as captions, and without the question mark."""
+    if cleaning == "none":
+        return text
+    if cleaning == "vlm":
+        return clean_caption(text.replace("?", " "), max_words)
+    return " ".join(text.lower().translate(_ASKED[cleaning]).rstrip(" ").split(" ")[:max_words])
 
 
 def clean_answer(text: str) -> str:
