@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from vlm.data.coco_questions import QuestionSet, arguments, prepare
+from vlm.data.coco_questions import TESTS, QuestionSet, arguments, prepare
 from vlm.data.prepare import run
 
 VQA_V2 = QuestionSet(
@@ -16,7 +16,7 @@ VQA_V2 = QuestionSet(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run("Write VQA v2 as shards.", arguments, partial(prepare, VQA_V2), argv)
+    return run("Write VQA v2 as shards.", partial(arguments, tests=TESTS), partial(prepare, VQA_V2), argv)
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def test_vqa_without_quirks(write):
         "annotations": [{"question_id": 5, "answers": [{"answer": "yes", "answer_id": n} for n in range(10)]}]
     }
     paths = [write("q", QUESTIONS), write("a", annotations), write("p", ANSWERS)]
-    assert [score_vqa(*paths, quirks)["overall"] for quirks in (True, False)] == [0, 100]
+    assert [score_vqa(*paths, rules)["overall"] for rules in ("vqa", "plain")] == [0, 100]
 
 
 ROWS = np.array([[0.9, 0.1, 0.2, 0.8], [0.3, 0.95, 0.4, 0.5]], dtype=np.float32)
@@ -265,6 +265,9 @@ def test_pope_files_in_its_form_and_in_vqas(write):
         (POPE, [{"question_id": 1, "answer": "no"}] * 2, "1 answers more than question_ids"),
         (POPE * 2, [{"question_id": n, "answer": "no"} for n in range(1, 5)], "ids repeat, as POPE's files all count from 1"),
         (POPE, [{"question_id": 1, "answer": "no"}, {"answer": "no"}], "lacks a question_id"),
+        ([POPE[0] | {"question_id": [1]}], [{"question_id": 1, "answer": "no"}], "a: the record .* lacks a question_id"),
+        ([POPE[0] | {"question_id": {"of": 1}}], [{"question_id": 1, "answer": "no"}], "a: the record .* lacks a question_id"),
+        ([{"label": "yes"}], [{"question_id": 1, "answer": "no"}], "a: the record .* lacks a question_id; expected .*POPE's"),
         (POPE, [{"answer": "no"}], "1 answers without question_id to 4 questions"),
         (POPE, [{"question": row["text"], "answer": "no"} for row in POPE[::-1]], r"4 answers \(0, 1, 2, 3\) .*to another question"),
     ],

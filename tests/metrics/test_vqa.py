@@ -78,14 +78,14 @@ def test_unanimous_answers_are_compared_as_they_are():
     assert accuracy("t shirt", ["t-shirt"] * 10) == 0
 
 
-@pytest.mark.parametrize("quirks", [True, False])
+@pytest.mark.parametrize("rules", ["vqa", "textvqa", "vizwiz", "plain"])
 @pytest.mark.parametrize("said", ["cat", " cat", "The Cat.", "dog", "two"])
-def test_a_single_answer_is_one_that_all_gave(said, quirks):
+def test_a_single_answer_is_one_that_all_gave(said, rules):
     """GQA's own accuracy; files for `vlm score vqa` have ten copies of it."""
     for answer in ("cat", "2", "The cat"):
-        assert accuracy(said, [answer], quirks) == accuracy(said, [answer] * 10, quirks)
+        assert accuracy(said, [answer], rules) == accuracy(said, [answer] * 10, rules)
     assert accuracy(said, ["cat"]) == (said.strip() == "cat")
-    assert accuracy("The Cat.", ["cat"], quirks=False) == accuracy("two", ["2"], quirks=False) == 1
+    assert accuracy("The Cat.", ["cat"], "plain") == accuracy("two", ["2"], "plain") == 1
 
 
 @pytest.mark.parametrize("annotators", range(1, 12))
@@ -99,6 +99,8 @@ def test_agreement_is_leaving_each_annotator_out(annotators):
 def test_few_annotators_can_be_matched_fully():
     assert accuracy("a", ["a", "a"]) == accuracy("b", ["b", "b", "b"]) == 1
     assert accuracy("red", ["red", "blue"]) == 0.5
+    assert accuracy("red", ["red", "blue", "green"]) == pytest.approx(1 / 3)
+    assert accuracy("green", ["red", "blue", "green"]) == pytest.approx(1 / 3)
     with pytest.raises(ValueError, match="at least one annotator"):
         accuracy("a", [])
 
@@ -164,6 +166,19 @@ def test_annotations_without_types_and_of_other_questions():
     scores = vqa_scores(QUESTIONS[:1], bare, PREDICTIONS[:1])
     assert scores.overall == 100
     assert scores.perAnswerType == scores.perQuestionType == {}
+
+
+@pytest.mark.parametrize("kind", [None, 5, ["other"], {"name": "other"}])
+@pytest.mark.parametrize("group", ["answer_type", "question_type"])
+def test_a_type_that_is_no_text_is_none(group, kind):
+    scores = vqa_scores(QUESTIONS, [*ANNOTATIONS[:3], ANNOTATIONS[3] | {group: kind}], PREDICTIONS)
+    assert len(scores.per_question) == 4
+    found = scores.perAnswerType if group == "answer_type" else scores.perQuestionType
+    assert found == pytest.approx(
+        {"number": 90, "other": 60, "yes/no": 100}
+        if group == "answer_type"
+        else {"how many": 90, "is the": 100, "what": 60}
+    )
 
 
 def test_annotators_count_even_where_their_records_are_identical():
@@ -241,11 +256,11 @@ def test_normalization_without_quirks(answer, normalized):
 
 
 def test_without_quirks_unanimous_answers_are_normalised_too():
-    assert accuracy("The Cat.", ["cat"] * 10, quirks=False) == 1
-    assert accuracy("t shirt", ["t-shirt"] * 10, quirks=False) == 1
+    assert accuracy("The Cat.", ["cat"] * 10, "plain") == 1
+    assert accuracy("t shirt", ["t-shirt"] * 10, "plain") == 1
     scores = [
-        vqa_scores(QUESTIONS[:1], [record(1, ["cat"] * 10)], [{"question_id": 1, "answer": "A cat"}], quirks)
-        for quirks in (True, False)
+        vqa_scores(QUESTIONS[:1], [record(1, ["cat"] * 10)], [{"question_id": 1, "answer": "A cat"}], rules)
+        for rules in ("vqa", "plain")
     ]
     assert [score.overall for score in scores] == [0, 100]
 

@@ -17,9 +17,18 @@ def add_score(commands: Commands) -> None:
     vqa = score.add_parser("vqa", help="official VQA accuracy")
     vqa.add_argument("--questions", type=Path, required=True, metavar="Q.json")
     vqa.add_argument("--annotations", type=Path, required=True, metavar="A.json")
-    vqa.add_argument(
+    rules = vqa.add_mutually_exclusive_group()
+    rules.add_argument(
+        "--rules",
+        choices=("vqa", "textvqa", "vizwiz"),
+        default="vqa",
+        help="whose official evaluator: they normalise answers differently (default: vqa)",
+    )
+    rules.add_argument(
         "--without-quirks",
-        action="store_true",
+        dest="rules",
+        action="store_const",
+        const="plain",
         help="normalise all answers alike, which the official evaluator does not; not the number that papers give",
     )
     captions = score.add_parser(
@@ -76,9 +85,7 @@ def _score(arguments: argparse.Namespace, _: list[str]) -> int:
 def _vqa(arguments: argparse.Namespace) -> dict[str, Any]:
     from vlm.metrics.score import score_vqa
 
-    return score_vqa(
-        arguments.questions, arguments.annotations, arguments.predictions, quirks=not arguments.without_quirks
-    )
+    return score_vqa(arguments.questions, arguments.annotations, arguments.predictions, arguments.rules)
 
 
 def _captions(arguments: argparse.Namespace) -> dict[str, Any]:

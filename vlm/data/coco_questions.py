@@ -1,24 +1,31 @@
-"""The recipe of question sets about COCO's photographs in VQA v2's official form, which OK-VQA has too: one record a photograph."""
+"""The recipe of question sets about COCO's photographs in VQA v2's official form, which OK-VQA has too: one record a photograph.
+
+VQA v2 also asks about photographs of test2015; those answers only its evaluation server has.
+"""
 
 import argparse
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlm.data.official import add_leave_out, read_coco_splits, read_left_out
-from vlm.data.prepare import LeftOut, Photograph, read_json, shard_key, whole_number, write_splits
+from vlm.data.prepare import LeftOut, Photograph, read_json, require, shard_key, whole_number, write_splits
+from vlm.data.references import question
 from vlm.errors import ConfigError, UserError
 
 IMAGES = "train2014.zip and val2014.zip from https://cocodataset.org/#download"
 SUBSETS = ("train2014", "val2014")
+TESTS = {"test": "test2015", "test-dev": "test-dev2015"}
+TEST_PHOTOGRAPHS = "test2015"
+TEST_IMAGES = "test2015.zip from https://cocodataset.org/#download"
 
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Where the files of a question set come from. {subset} is train2014 or val2014, {part} Train or Val."""
+    """Where the files of a question set come from. {subset} is train2014, val2014, test2015 or test-dev2015, {part} Train, Val or Test."""
 
     questions_file: str
     annotations_file: str
@@ -65,12 +72,23 @@ def read_questions(
     return by_image
 
 
+def read_test_questions(question_set: QuestionSet, source: Path, subset: str) -> dict[int, list[dict[str, Any]]]:
+    """The questions of test2015 or test-dev2015, which have no answers, by COCO image id."""
+    path = question_set.questions_path(source, subset)
+    download = question_set.questions.format(subset=subset, part="Test")
+    by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    try:
+        for q in read_json(path, download, ["questions"])["questions"]:
+            by_image[q["image_id"]].append(question(q["question_id"], q["question"], ()))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path.name} is not in VQA's form: missing {error}") from None
+    return by_image
+
+
 def splitter(args: argparse.Namespace) -> tuple[Callable[[str, int], str], str]:
     """What gives the split of a photograph from its subset (train2014, val2014) and its COCO id; and the rule in words."""
     beside = args.source / "dataset_coco.json"
     how = args.split or ("karpathy" if args.karpathy or beside.exists() else "holdout")
-    if args.karpathy and how != "karpathy":
-        raise ConfigError(f"--karpathy is for --split karpathy, got --split {how}")
     if how == "official":
         return lambda subset, _: subset.removesuffix("2014"), "train2014 goes to train, val2014 to val"
     if how == "holdout":
@@ -85,6 +103,11 @@ def splitter(args: argparse.Namespace) -> tuple[Callable[[str, int], str], str]:
 
 def prepare(question_set: QuestionSet, args: argparse.Namespace) -> None:
     """Write the splits of a question set. Raises UserError for files that are missing or of another form."""
+    if args.karpathy and args.split not in (None, "karpathy"):
+        raise ConfigError(f"--karpathy is for --split karpathy, got --split {args.split}")
+    if args.split in TESTS:
+        prepare_test(question_set, args)
+        return
     split_of, rule = splitter(args)
     kept_out = read_left_out(args.leave_out)
     finders = question_set.questions_path, question_set.annotations_path
@@ -112,12 +135,32 @@ def prepare(question_set: QuestionSet, args: argparse.Namespace) -> None:
     write_splits(args.out, "coco", splits, left_out, args.samples_per_shard, IMAGES)
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """The options beside those that every recipe has."""
+def prepare_test(question_set: QuestionSet, args: argparse.Namespace) -> None:
+    """Write test/ of the questions whose answers only the evaluation server has.
+
+    Raises UserError for files that are missing or of another form, ConfigError where it would replace an earlier run's train/ and val/.
+    """
+    if held := [s for s in ("train", "val") if (args.out / s).exists()]:
+        raise ConfigError(
+            f"--split {args.split} writes test/ alone, and {args.out} has {held[0]}/ of an earlier run, which it would remove: give another --out"
+        )
+    questions = read_test_questions(question_set, args.source, TESTS[args.split])
+    folder = require(args.source / TEST_PHOTOGRAPHS, TEST_IMAGES)
+    photographs = [
+        Photograph(shard_key(Path(name).stem), folder / name, image_id, questions=tuple(asked))
+        for image_id, asked in questions.items()
+        for name in [f"COCO_{TEST_PHOTOGRAPHS}_{image_id:012d}.jpg"]
+    ]
+    write_splits(args.out, "coco", {"test": photographs}, LeftOut(), args.samples_per_shard, TEST_IMAGES)
+
+
+def arguments(parser: argparse.ArgumentParser, tests: Iterable[str] = ()) -> None:
+    """The options beside those that every recipe has. tests: the test sets of TESTS that the question set has."""
     parser.add_argument(
         "--split",
-        choices=("karpathy", "holdout", "official"),
-        help="who goes to val; karpathy where a dataset_coco.json is given or lies in the source, else holdout",
+        choices=("karpathy", "holdout", "official", *tests),
+        help="who goes to val; karpathy where a dataset_coco.json is given or lies in the source, else holdout"
+        + ("; test and test-dev: their questions alone, whose answers only the server has" if tests else ""),
     )
     parser.add_argument(
         "--karpathy", type=Path, metavar="JSON", help="dataset_coco.json, where it is not in the source folder"

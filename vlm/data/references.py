@@ -98,15 +98,15 @@ def question_file(photographs: Sequence[Described]) -> dict[str, Any]:
 def answer_file(photographs: Sequence[Described]) -> dict[str, Any]:
     """VQA's annotation form, of the questions that have answers.
 
-    The official accuracy compares with ten answers, leaving one out each time; where fewer were given they are repeated in turn up to ten, which
-    makes the accuracy of a question with a single answer an exact match.
+    The answers stand as they were given, so that `vlm score vqa` says what `vlm evaluate` says. Only a single answer is written ten times, which
+    makes its accuracy an exact match for the official evaluator too: that leaves one answer out each time, and would have none to compare with.
     """
     return {"annotations": [_annotation(p.image_id, q) for p in photographs for q in p.questions if q["answers"]]}
 
 
 def _annotation(image_id: int | str, question: Mapping[str, Any]) -> dict[str, Any]:
     given = list(question["answers"])
-    answers = given if len(given) >= OFFICIAL_ANSWERS else [given[i % len(given)] for i in range(OFFICIAL_ANSWERS)]
+    answers = given if len(given) > 1 else given * OFFICIAL_ANSWERS
     return {
         "image_id": image_id,
         "question_id": question["question_id"],

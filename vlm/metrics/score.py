@@ -18,7 +18,7 @@ from vlm.metrics.java import check_meteor, check_spice, meteor, spice
 from vlm.metrics.pope import pope_scores
 from vlm.metrics.ptb import tokenize_all
 from vlm.metrics.retrieval import retrieval_scores
-from vlm.metrics.vqa import vqa_scores
+from vlm.metrics.vqa import Rules, vqa_scores
 
 _QUESTIONS = '{"questions": [{"question_id": 1, "question": "...", ...}]}'
 _ANNOTATIONS = '{"annotations": [{"question_id": 1, "answers": [{"answer": "..."}, ...], ...}]}'
@@ -32,18 +32,18 @@ _CAPTIONS = '[{"image_id": 1, "caption": "..."}]'
 
 
 def score_vqa(
-    questions: Path | str, annotations: Path | str, predictions: Path | str, quirks: bool = True
+    questions: Path | str, annotations: Path | str, predictions: Path | str, rules: Rules = "vqa"
 ) -> dict[str, Any]:
     """The official VQA result: overall, perAnswerType, perQuestionType, in percent, rounded to two digits.
 
-    quirks: those of the official evaluator, see `vlm.metrics.vqa`. Raises UserError, naming the file, for one that is
+    rules: whose evaluator, see `vlm.metrics.vqa`. Raises UserError, naming the file, for one that is
     missing, not JSON or of another form, and where the predictions do not answer exactly the questions.
     """
     return vqa_scores(
         records(read_json(questions, _QUESTIONS), "questions", questions, _QUESTIONS),
         records(read_json(annotations, _ANNOTATIONS), "annotations", annotations, _ANNOTATIONS),
         records(read_json(predictions, _ANSWERS), None, predictions, _ANSWERS),
-        quirks,
+        rules,
     ).rounded()
 
 
@@ -104,7 +104,7 @@ def score_pope(annotations: Path | str, predictions: Path | str) -> dict[str, An
         if not isinstance(record.get("answer"), str):
             raise UserError(f"{predictions}: the record {str(record)[:80]} lacks an answer; expected {_SAID}.")
     if any("question_id" in record for record in said):
-        said = _in_order([record.get("question_id") for record in asked], said, predictions)
+        said = _in_order(_question_ids(asked, annotations, _LABELS), said, predictions)
     elif len(said) != len(asked):
         raise UserError(
             f"{predictions}: {len(said)} answers without question_id to {len(asked)} questions; give one each, in their order."
@@ -175,11 +175,15 @@ def _label(record: Mapping[str, Any], path: Path | str) -> bool:
     return labels == {"yes"}
 
 
-def _in_order(keys: Sequence[Any], said: Sequence[dict[str, Any]], path: Path | str) -> list[dict[str, Any]]:
+def _question_ids(found: Sequence[dict[str, Any]], path: Path | str, form: str) -> list[int | str]:
+    if wrong := [r for r in found if not isinstance(r.get("question_id"), (int, str))]:
+        raise UserError(f"{path}: the record {str(wrong[0])[:80]} lacks a question_id; expected {form}.")
+    return [record["question_id"] for record in found]
+
+
+def _in_order(keys: Sequence[int | str], said: Sequence[dict[str, Any]], path: Path | str) -> list[dict[str, Any]]:
     """The answers in the order of the questions' ids."""
-    if wrong := [r for r in said if not isinstance(r.get("question_id"), (int, str))]:
-        raise UserError(f"{path}: the record {str(wrong[0])[:80]} lacks a question_id; expected {_SAID}.")
-    table = {record["question_id"]: record for record in said}
+    table = dict(zip(_question_ids(said, path, _SAID), said, strict=True))
     if len(table) < len(said):
         raise UserError(f"{path}: {len(said) - len(table)} answers more than question_ids; keep one each.")
     if missing := [key for key in keys if key not in table]:

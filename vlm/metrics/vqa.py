@@ -1,4 +1,4 @@
-"""Accuracy of answers to questions about images: the official VQA evaluator, quirks included.
+"""Accuracy of answers to questions about images: the official evaluators of VQA, TextVQA and VizWiz, quirks included.
 
 Source: VQA v2's evaluation code (Antol et al. 2015, Goyal et al. 2017; github.com/GT-Vision-Lab/VQA), which is Python 2
 and gives no score for one's own file without a server. The quirks are kept because every published number has them:
@@ -6,16 +6,24 @@ answers are normalised only where the annotators' answers differ; a comma betwee
 vanish too, and a sign beside a space vanishes where others become a space; a period stays only before a digit, and only
 32 of them are removed; four contractions can never be found, as the text is in lower case by then, and one loses its
 apostrophe. On request it is done without these.
+
+Two data sets with ten answers a question have evaluators of their own, which share the agreement and most of the
+normalisation. TextVQA's (Singh et al. 2019; `TextVQAAccuracyEvaluator` of github.com/facebookresearch/mmf) always
+normalises both sides. VizWiz' (Gurari et al. 2018; its Python API, from vizwiz.org) always normalises the prediction and
+never the annotators' answers, and its contractions have typographic apostrophes.
 """
 
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from vlm.errors import UserError
 from vlm.metrics.captions import listed
+
+Rules = Literal["vqa", "textvqa", "vizwiz", "plain"]
+"""How a prediction and answers are compared: as the evaluator of that name does, or without the quirks of VQA's."""
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d", re.ASCII)
@@ -63,6 +71,19 @@ _PLAIN_CONTRACTIONS = {key: word for key, word in CONTRACTIONS.items() if key !=
 }  # fmt: skip
 
 
+def _vizwiz_contractions() -> dict[str, str]:
+    """The same table in VizWiz' evaluator: an editor has made the apostrophes typographic, but for these keys and words."""
+    keys = {"couldn'tve", "hadn'tve"}
+    words = {"ain't", "aren't", "can't", "could've", "couldn't", "we've", "where's", "who've"}
+    return {
+        key if key in keys else key.replace("'", "\u2019"): word if word in words else word.replace("'", "\u2019")
+        for key, word in CONTRACTIONS.items()
+    }
+
+
+_VIZWIZ_CONTRACTIONS = _vizwiz_contractions()
+
+
 def _trim(answer: str) -> str:
     return answer.replace("\n", " ").replace("\t", " ").strip()
 
@@ -74,41 +95,70 @@ def normalize_answer(answer: str, quirks: bool = True) -> str:
     sign becomes a space, but a comma between digits vanishes; all periods that are not before a digit go; and the
     contractions are found that the official table means.
     """
-    answer = text = _trim(answer)
     if quirks:
-        number = _COMMA_IN_NUMBER.search(answer) is not None
-        for sign in _PUNCTUATION:
-            beside_space = f"{sign} " in answer or f" {sign}" in answer  # of the text as it was, not as changed so far
-            text = text.replace(sign, "" if beside_space or number else " ")
-        text = _PERIOD.sub("", text, count=_PERIODS_REMOVED)
-    else:
-        text = _PERIOD.sub("", _COMMA.sub("", text).translate(_SIGNS_TO_SPACES))
+        return _plain_words(_without_signs(answer), CONTRACTIONS)
+    text = _COMMA.sub("", _trim(answer)).translate(_SIGNS_TO_SPACES)
+    return _plain_words(_PERIOD.sub("", text), _PLAIN_CONTRACTIONS)
+
+
+def _without_signs(answer: str) -> str:
+    """The official removal of punctuation."""
+    answer = text = _trim(answer)
+    number = _COMMA_IN_NUMBER.search(answer) is not None
+    for sign in _PUNCTUATION:
+        beside_space = f"{sign} " in answer or f" {sign}" in answer  # of the text as it was, not as changed so far
+        text = text.replace(sign, "" if beside_space or number else " ")
+    return _PERIOD.sub("", text, count=_PERIODS_REMOVED)
+
+
+def _plain_words(text: str, contractions: Mapping[str, str]) -> str:
+    """In lower case, number words as digits, no articles, contractions with their apostrophes."""
     words = (_NUMBERS.get(word, word) for word in text.lower().split())
-    contractions = CONTRACTIONS if quirks else _PLAIN_CONTRACTIONS
     return " ".join(contractions.get(word, word) for word in words if word not in _ARTICLES)
 
 
-def accuracy(prediction: str, answers: Sequence[str], quirks: bool = True) -> float:
-    """How right an answer is, 0..1, given what each annotator answered.
+def _textvqa(answer: str) -> str:
+    """TextVQA's evaluator cuts before VQA's normalisation: no comma is left to make other signs vanish, and "dog's" is two words."""
+    return normalize_answer(answer.lower().replace(",", "").replace("?", "").replace("'s", " 's"))
 
-    With four annotators or more it is the official number: the mean, over the annotators, of min(1, matches among the
-    others / 3); of ten, 1, 2, 3, 4 matches give 0.3, 0.6, 0.9, 1. Both sides are normalised unless all annotators
-    answered the same. The official evaluator knows ten annotators only. A single answer (GQA, DAQUAR, easy-VQA) is one
-    that all gave: it is compared as it is, which is GQA's own accuracy and what ten copies of it give; with two or three,
-    all of the others count as agreement. Without quirks both sides are always normalised, and as `normalize_answer` says.
+
+def accuracy(prediction: str, answers: Sequence[str], rules: Rules = "vqa") -> float:
+    """How right an answer is, 0..1, given what each annotator answered: their `agreement` with it.
+
+    By VQA's rules both sides are normalised unless all annotators answered the same, by TextVQA's always, by VizWiz' the
+    prediction alone; plain, without VQA's quirks, both sides always, and as `normalize_answer` says. A single answer
+    (GQA, DAQUAR, easy-VQA) is one that all gave: by VQA's rules it is compared as it is, which is GQA's own accuracy.
     """
     if not answers:
         raise ValueError("answers is empty, expected the answer of at least one annotator.")
-    prediction, answers = _trim(prediction), [_trim(answer) for answer in answers]
-    if len(set(answers)) > 1 or not quirks:
-        prediction = normalize_answer(prediction, quirks)
-        answers = [normalize_answer(answer, quirks) for answer in answers]
+    prediction, answers = _compared(prediction, answers, rules)
     return agreement(answers.count(prediction), len(answers))
 
 
+def _compared(prediction: str, answers: Sequence[str], rules: Rules) -> tuple[str, list[str]]:
+    """Prediction and answers as the rules compare them; ValueError for rules of another name."""
+    if rules == "textvqa":
+        return _textvqa(prediction), [_textvqa(answer) for answer in answers]
+    if rules == "vizwiz":
+        return _plain_words(_without_signs(prediction), _VIZWIZ_CONTRACTIONS), list(answers)
+    if rules == "plain":
+        return normalize_answer(prediction, False), [normalize_answer(answer, False) for answer in answers]
+    if rules != "vqa":
+        raise ValueError(f"rules is {rules!r}, expected one of {', '.join(get_args(Rules))}.")
+    prediction, answers = _trim(prediction), [_trim(answer) for answer in answers]
+    if len(set(answers)) == 1:
+        return prediction, answers
+    return normalize_answer(prediction), [normalize_answer(answer) for answer in answers]
+
+
 def agreement(matches: int, annotators: int) -> float:
-    """The accuracy of an answer that `matches` of the annotators gave: of ten 0, 0.3, 0.6, 0.9, then 1. The mean, over the annotators, of
-    min(1, matches among the others / 3)."""
+    """The accuracy of an answer that `matches` of the annotators gave: of ten 0, 0.3, 0.6, 0.9, then 1.
+
+    It is the mean, over the annotators, of min(1, matches among the others / 3). The official evaluators know ten
+    annotators; fewer count as they are. Repeated up to ten, one answer of two would be five and wholly right, and of three
+    the first would be worth most. Of two or three annotators fewer than three others are left: then all of them are
+    needed, so that what everyone said is wholly right. One annotator speaks for all.
+    """
     if annotators == 1:
         return float(matches)
     needed = min(_AGREEING, annotators - 1)
@@ -139,12 +189,13 @@ def vqa_scores(
     questions: Sequence[Mapping[str, Any]],
     annotations: Sequence[Mapping[str, Any]],
     predictions: Sequence[Mapping[str, Any]],
-    quirks: bool = True,
+    rules: Rules = "vqa",
 ) -> VqaScores:
     """Score predictions for all of the questions.
 
     questions: [{"question_id", ...}]; annotations: [{"question_id", "answers": [{"answer", ...}], "answer_type"?,
-    "question_type"?}], those of other questions are not looked at; predictions: [{"question_id", "answer"}]. quirks: see `accuracy`.
+    "question_type"?}], those of other questions are not looked at, and a type that is no text is none;
+    predictions: [{"question_id", "answer"}]. rules: see `accuracy`.
     Raises UserError for a question without prediction or annotation, and for an unknown or repeated question_id.
     """
     asked = _by_question(questions, "questions")
@@ -158,11 +209,11 @@ def vqa_scores(
     }
     for key in asked:
         answers = [_text(answer, key, "annotations") for answer in _answers(annotated[key], key)]
-        score = accuracy(_text(predicted[key], key, "predictions"), answers, quirks)
+        score = accuracy(_text(predicted[key], key, "predictions"), answers, rules)
         per_question[key] = score
         for group, scores in groups.items():
-            if group in annotated[key]:
-                scores[annotated[key][group]].append(score)
+            if isinstance(kind := annotated[key].get(group), str):
+                scores[kind].append(score)
     by_answer, by_question = ({name: _percent(group[name]) for name in sorted(group)} for group in groups.values())
     return VqaScores(
         overall=_percent(list(per_question.values())),
