@@ -112,13 +112,16 @@ class SampleBook:
         """Of each picture the text that evaluation would retrieve for it from the pool."""
         model, settings = task.model, task.retrieval
         features = task.encode_image(batch.images)
+        count = len(chosen.pool)
         texts = join_texts([(ids, prompt) for ids, prompt, _ in chosen.pool], model.config.text.pad_id, model.device)
-        embeddings = model.encode_text(texts.ids, texts.mask).embedding
-        assert embeddings is not None
-        # In numpy, as evaluation does: autocast would make the product bf16.
-        scores = features.embedding.float().cpu().numpy() @ embeddings.float().cpu().numpy().T
-        if settings.rerank:
-            scores = rerank(model, features.tokens.half().cpu(), texts, scores, settings.rerank, settings.by)
+        scores = np.zeros((len(features.tokens), count))
+        if not task.all_pairs:
+            embeddings = model.encode_text(texts.ids, texts.mask).embedding
+            assert embeddings is not None
+            # In numpy, as evaluation does: autocast would make the product bf16.
+            scores = features.embedding.float().cpu().numpy() @ embeddings.float().cpu().numpy().T
+        if k := count if task.all_pairs else settings.rerank:
+            scores = rerank(model, features.tokens.half().cpu(), texts, scores, k, settings.by)
         captions = np.array([caption for *_, caption in chosen.pool], dtype=object)
         for row, own in enumerate(_captions(batch)):
             order = captions[np.argsort(-scores[row], kind="stable")]

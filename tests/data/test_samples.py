@@ -64,11 +64,23 @@ def test_training_takes_one_caption_by_key() -> None:
     for epoch in range(300):
         (text,) = encode(record(), epoch).texts
         drawn[text.source["caption"]] += 1
-        assert text.source.keys() == {"caption"}
+        assert text.source.keys() == {"caption", "references"}
         assert (text.prompt, text.weight, text.masked_ids) == (1, 1.0, None)
     assert set(drawn) == set(CAPTIONS)
     assert max(drawn.values()) < 60 + 4 * 48**0.5
     assert len(captioner(texts_per_image="all")(record(), 0).texts) == 5
+
+
+def test_whichever_caption_is_drawn_its_references_are_all_that_training_could_take() -> None:
+    """Rewards are counted against them (Rennie et al. 2017), so they may not depend on texts_per_image, nor on questions beside."""
+    captions = [*CAPTIONS, "four dogs " * 20, "..."]  # one that would be cut, one without a word
+    for encode in (captioner(max_tokens=16), JointEncoder(captioner(max_tokens=16), questioner())):
+        for epoch in range(5):
+            (drawn,) = (text for text in encode(record(captions), epoch).texts if text.describes)
+            assert drawn.source["references"] == CAPTIONS
+    together = captioner(max_tokens=16, texts_per_image="all")(record(captions), 0).texts
+    assert [text.source["caption"] for text in together] == CAPTIONS
+    assert all(text.source["references"] == CAPTIONS for text in together)
 
 
 def test_evaluation_takes_all_captions_in_order() -> None:
@@ -85,7 +97,7 @@ def test_captions_are_cleaned_prompted_and_cut() -> None:
     (text,) = encode(record(captions=['Two "DOGS" run over the green grass.']), 0).texts
     assert words(text.ids) == "[CLS] a picture of two dogs run [SEP]"
     assert text.prompt == 4
-    assert text.source == {"caption": 'Two "DOGS" run over the green grass.'}
+    assert text.source["caption"] == 'Two "DOGS" run over the green grass.'
 
 
 def test_every_choice_is_a_function_of_the_key() -> None:

@@ -25,7 +25,9 @@ def features(model: VisionLanguageModel, batch: Batch) -> Features:
 
 def captioned(images: int, **changes: Any) -> Batch:
     batch = Batch.fake(images)
-    sources: list[dict[str, Any]] = [{"caption": f"text {i}"} for i in range(images)]
+    sources: list[dict[str, Any]] = [
+        {"caption": f"text {i}", "references": [f"text {i}", "more"]} for i in range(images)
+    ]
     return replace(batch, sources=sources, texts=replace(batch.texts, **changes))
 
 
@@ -53,7 +55,7 @@ def test_it_is_the_gradient_of_the_expected_reward(tiny_model: MakeModel, temper
     ).sqrt() / temperature  # of one entry of the mean, for advantages of at most 1
     assert ((got - expected).abs() < 5 * deviation).all()
     assert torch.nn.functional.cosine_similarity(got, expected, dim=0) > 0.8
-    assert seen == [["text 0"]] * 4000
+    assert seen == [["text 0", "more"]] * 4000
     total, count = loss.scalars["reward"]
     assert float(total / count) == pytest.approx(float((probability * values).sum()), abs=0.03)
 
@@ -101,3 +103,22 @@ def test_images_without_captions_take_no_part(tiny_model: MakeModel, absent: dic
     loss = objective.loss(model, [], features(model, batch), batch)
     assert (float(loss.sum), int(loss.count)) == (0.0, 0)
     loss.sum.backward()
+
+
+def test_references_are_all_captions_of_the_image_whatever_the_batch_has_as_texts(tiny_model: MakeModel) -> None:
+    """The second image is described twice, the third is asked beside; the last text fills the batch up, as for ranks that compare."""
+    seen: list[Sequence[str]] = []
+
+    def reward(drawn: Sequence[Sequence[int]], references: Sequence[Sequence[str]]) -> list[float]:
+        seen.extend(references)
+        return [0.0] * len(drawn)
+
+    batch, known = Batch.fake(5), (["a", "b"], ["c", "d"], ["e"])
+    image, describes = torch.tensor([2, 1, 0, 1, 2]), torch.tensor([False, True, True, True, True])
+    texts = replace(batch.texts, image=image, describes=describes)
+    sources: list[dict[str, Any]] = [{"question": "?"}]
+    sources += [{"caption": known[row][0], "references": known[row]} for row in image.tolist()[1:]]
+    batch = replace(batch, images=batch.images[:3], texts=texts, sources=sources).filled_up(6)
+    model = tiny_model()
+    SelfCritical([2], Rules(end_id=END, max_length=4), reward, samples=2).loss(model, [], features(model, batch), batch)
+    assert seen == [["a", "b"]] * 2 + [["c", "d"]] * 2 + [["e"]] * 2

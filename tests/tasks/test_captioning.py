@@ -10,11 +10,14 @@ import torch
 
 from vlm.config import GenerationConfig, ModelConfig
 from vlm.data.index import load_index
-from vlm.data.samples import CaptionEncoder
+from vlm.data.samples import CaptionEncoder, JointEncoder, QuestionEncoder
 from vlm.data.shards import ShardWriter
 from vlm.data.text import tidy
 from vlm.metrics.captions import caption_scores
+from vlm.model.generation import Rules
 from vlm.model.vision_language import VisionLanguageModel
+from vlm.objectives.objective import Features
+from vlm.objectives.self_critical import SelfCritical
 from vlm.tasks.captioning import CaptioningTask, caption_reward, generation_rules
 
 PROMPT = "a picture of"
@@ -79,6 +82,20 @@ def test_a_record_an_image_with_all_its_references(scenes: Any, tiny_model: Call
         assert low <= found[name] <= high
 
 
+def test_tars_that_count_their_keys_from_the_start_again_do_not_mix_their_scores(
+    scenes: Any, tiny_model: Callable[..., VisionLanguageModel]
+) -> None:
+    model = tiny_model(text={"vocab_size": scenes.tokenizer.vocab_size})
+    task = CaptioningTask(model, scenes.tokenizer, 0.1, "", GenerationConfig(max_length=8, min_length=2))
+    said = [record.captions[0] for record in scenes.records]
+    records = [{"key": key, "references": [text], "caption": text} for key, text in zip("abcd", said, strict=True)]
+    records[0]["caption"] = "nothing of the kind"
+    again = [{**record, "key": f"0000{i % 2}"} for i, record in enumerate(records)]
+    assert task.evaluate(again) == task.evaluate(records)
+    assert task.evaluate(again)["images"] == 4
+    assert task.intervals(again) == task.intervals(records)
+
+
 def test_the_reward_is_the_metric(scenes: Any, tmp_path: Path) -> None:
     """Of the training captions themselves it is CIDEr-D as it is reported."""
     texts = {
@@ -95,6 +112,36 @@ def test_the_reward_is_the_metric(scenes: Any, tmp_path: Path) -> None:
     said = {key: tidy(scenes.tokenizer.decode(tokens)) for key, tokens in zip(texts, ids, strict=True)}
     expected = caption_scores(texts, said).cider_per_image
     assert reward(ids, list(texts.values())) == pytest.approx(list(expected.values()), abs=1e-12)
+
+
+def test_rewards_do_not_depend_on_which_captions_are_texts(
+    scenes: Any, tiny_model: Callable[..., VisionLanguageModel], tmp_path: Path
+) -> None:
+    """One drawn, as is the default, all, or beside questions: the references are the record's captions."""
+    words = [record.captions[0].split() for record in scenes.records]
+    records = [
+        replace(r, captions=[" ".join(part) for part in (said, said[::-1], said[1:])], questions=r.questions[: i % 2])
+        for i, (r, said) in enumerate(zip(scenes.records, words, strict=True))
+    ]
+    with ShardWriter(tmp_path / "shards", "toy") as writer:
+        for record in records:
+            writer.write(record.key, b"img", captions=record.captions, image_id=record.key)
+    reward = caption_reward(scenes.tokenizer, [load_index(tmp_path / "shards")])
+    model = tiny_model(text={"vocab_size": scenes.tokenizer.vocab_size})
+    objective = SelfCritical([scenes.tokenizer.cls_id], Rules(end_id=scenes.tokenizer.sep_id, max_length=9), reward)
+    several = encoder(scenes, True)
+    one = replace(several, texts_per_image="one")
+    asked = QuestionEncoder(scenes.tokenizer, scenes.transform, True, form="prompted")
+    totals = []
+    for encode in (several, one, JointEncoder(one, asked)):
+        batch = replace(scenes, records=records).batch(encode)
+        image = model.encode_image(batch.images)
+        features = Features(image, {}, {"decoder": model.memory(image.tokens, None, "decoder")})
+        torch.manual_seed(0)
+        loss = objective.loss(model, [], features, batch)
+        totals.append((float(loss.sum.detach()), *map(float, loss.scalars["reward"])))
+    assert totals == totals[:1] * 3
+    assert totals[0][1] > 0
 
 
 def test_rules_from_the_settings(scenes: Any) -> None:

@@ -67,14 +67,16 @@ class CaptionEncoder(SampleEncoder):
         if not captions:
             raise BadRecord("no caption", f"no caption in record {record.source}/{record.key}")
         captions = self._whole(captions)
+        # In training those that it could take, for rewards: the same ones whichever it takes.
+        references = [raw for raw, _ in captions] if self.training else list(record.captions)
         if self.texts_per_image == "one":
             captions = [_draw(captions, self.training, self.seed, epoch, record, "caption")]
         texts = []
         for number, (raw, cleaned) in enumerate(captions):
             ids, prompt = self.tokenizer.encode_with_prompt(self.prompt, cleaned, self.max_tokens)
-            source: dict[str, Any] = {"caption": raw}
+            source: dict[str, Any] = {"caption": raw, "references": references}
             if not self.training:
-                source |= {"image": record.name, "references": list(record.captions)}
+                source["image"] = record.name
             text = EncodedText(ids, prompt, source=source)
             texts.append(text if self.masking_probability is None else self._mask(text, record, epoch, number))
         return texts
@@ -148,7 +150,8 @@ class QuestionEncoder(SampleEncoder):
         return [replace(text, source={**text.source, SET_WEIGHT: weight}) for text in texts]
 
     def _question(self, question: dict[str, Any], weights: dict[str, float]) -> list[EncodedText]:
-        ids = self.tokenizer.encode(clean_question(question["question"]), self.max_question_tokens)
+        asked = clean_question(question["question"], cleaning=self.tokenizer.question_cleaning)
+        ids = self.tokenizer.encode(asked, self.max_question_tokens)
         answers = []
         if self.training and self.form == "encoder_decoder":
             answers = [(self.tokenizer.encode(a, self.max_answer_tokens), w) for a, w in weights.items()]
@@ -204,7 +207,8 @@ def question_prompt_ids(tokenizer: Tokenizer, prompt: str, question: str, max_to
     before, _, after = prompt.partition("{question}")
     first, last = tokenizer.pieces(before), tokenizer.pieces(after)
     room = max(max_tokens - 1 - len(first) - len(last), 0)
-    return [tokenizer.cls_id, *first, *tokenizer.pieces(clean_question(question))[:room], *last]
+    asked = clean_question(question, cleaning=tokenizer.question_cleaning)
+    return [tokenizer.cls_id, *first, *tokenizer.pieces(asked)[:room], *last]
 
 
 def answer_weights(answers: list[str]) -> dict[str, float]:

@@ -79,13 +79,10 @@ class SelfCritical:
 
     @staticmethod
     def _references(batch: Batch, rows: Tensor) -> list[list[str]]:
-        captions: dict[int, list[str]] = {}
-        for image, describes, source in zip(
-            batch.texts.image.tolist(), batch.texts.describes.tolist(), batch.sources, strict=True
-        ):
-            if describes:
-                captions.setdefault(image, []).append(source["caption"])
-        return [captions[row] for row in rows.tolist()]
+        """All captions of each row's image, as Rennie et al. take them, not only those that the batch has as texts."""
+        texts = zip(batch.texts.image.tolist(), batch.texts.describes.tolist(), batch.sources, strict=True)
+        references = {image: source["references"] for image, describes, source in texts if describes}
+        return [references[row] for row in rows.tolist()]
 
     def _texts(self, drawn: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """ids (R, L), mask (R, L) and, (R, L - 1), which next tokens were drawn."""

@@ -12,7 +12,7 @@ from vlm.data.scan import scan
 from vlm.data.spellings import spellings
 from vlm.data.text import Tokenizer, tidy
 from vlm.errors import ConfigError
-from vlm.metrics.captions import CiderD, caption_scores
+from vlm.metrics.captions import CaptionScores, CiderD, caption_scores
 from vlm.metrics.interval import bootstrap
 from vlm.metrics.ptb import tokenize_all
 from vlm.model.attention import CrossMemory
@@ -83,8 +83,12 @@ def draw_captions(
 
 def caption_start(model: VisionLanguageModel, tokenizer: Tokenizer, prompt: str, rows: int) -> Tensor:
     """(rows, L) ids that captions continue: the prompt behind the decoder's own first token, which the repetition penalty counts too."""
-    start = tokenizer.encode(prompt)[:-1] if prompt else [tokenizer.cls_id]
-    return model.with_first_token(torch.tensor([start] * rows, device=model.device), "decoder")
+    return model.with_first_token(torch.tensor([first_ids(tokenizer, prompt)] * rows, device=model.device), "decoder")
+
+
+def first_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """[CLS] and the prompt's tokens."""
+    return tokenizer.encode(prompt)[:-1] if prompt else [tokenizer.cls_id]
 
 
 def caption_reward(tokenizer: Tokenizer, sets: Iterable[ShardSet]) -> Reward:
@@ -154,7 +158,7 @@ class CaptioningTask(Task):
         where the contrastive objective is kept on, the recalls of the embeddings too.
         """
         records = list(records)
-        scores = caption_scores({r["key"]: r["references"] for r in records}, {r["key"]: r["caption"] for r in records})
+        scores = _scores(records)
         names = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr")
         distinct = len({r["caption"] for r in records}) / len(records)
         return {
@@ -166,14 +170,18 @@ class CaptioningTask(Task):
 
     def intervals(self, records: Sequence[Record]) -> dict[str, tuple[float, float]]:
         """CIDEr's and ROUGE_L's; BLEU is no mean over images."""
-        each = caption_scores({r["key"]: r["references"] for r in records}, {r["key"]: r["caption"] for r in records})
-        return {
-            name: bootstrap([100 * scores[name] for scores in each.per_image.values()]) for name in ("CIDEr", "ROUGE_L")
-        }
+        each = _scores(records).per_image.values()
+        return {name: bootstrap([100 * scores[name] for scores in each]) for name in ("CIDEr", "ROUGE_L")}
 
     def official(self, records: Iterable[Record]) -> list[Record]:
         """COCO's prediction form; an image is named by its data set's own id, or by its record's key."""
         return [{"image_id": r["image_id"], "caption": r["caption"]} for r in records]
+
+
+def _scores(records: Sequence[Record]) -> CaptionScores:
+    """By place, not by key: tars may count theirs from the start again."""
+    references = {place: record["references"] for place, record in enumerate(records)}
+    return caption_scores(references, {place: record["caption"] for place, record in enumerate(records)})
 
 
 def _first_rows(image: Tensor, count: int) -> list[int]:

@@ -1,4 +1,6 @@
-"""Pretraining with any of the family's objectives; evaluated by zero-shot retrieval from embeddings."""
+"""Pretraining with any of the family's objectives; evaluated by zero-shot retrieval: from embeddings, or, where nothing teaches these, from the
+cross-attention of all pairs (METER, Dou et al. 2022; ViLT, Kim et al. 2021).
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,9 +27,12 @@ from vlm.objectives.self_critical import SelfCritical
 from vlm.objectives.sigmoid import SigmoidContrastive
 from vlm.objectives.teacher import Teacher
 from vlm.objectives.word_patch import WordPatch
-from vlm.tasks.reranking import join_texts, rerank
+from vlm.tasks.reranking import By, join_texts, rerank
 from vlm.tasks.retrieval import embedded, similarities
 from vlm.tasks.task import Record, Task
+
+TEACHES: dict[By, tuple[str, ...]] = {"matching": ("matching",), "captioning": ("captioning", "self_critical")}
+"""The objectives that each way of scoring a pair by cross-attention is learned from."""
 
 
 def build_objectives(
@@ -51,7 +56,7 @@ def build_objectives(
     if self_critical is not None:
         known["self_critical"] = lambda: self_critical
     weights = {name: float(getattr(config, name)) for name in known if getattr(config, name) > 0}
-    if not weights:
+    if not weights and config.self_critical == 0:  # which an evaluation, without training captions, has no use for
         raise ConfigError(
             "objectives: all weights are 0; give at least one of contrastive, matching, masked_language, masked_image, word_patch, captioning, "
             "answering, self_critical."
@@ -76,7 +81,12 @@ def build_teacher(model: VisionLanguageModel, config: ObjectivesConfig) -> Teach
 
 
 class Pretraining(Task):
-    """Contrastive, matching, masked language, masked image, word-patch alignment and captioning, each with its weight."""
+    """Contrastive, matching, masked language, masked image, word-patch alignment and captioning, each with its weight.
+
+    Attributes: `all_pairs`, whether evaluation looks at every pair by cross-attention and at no embedding: without the contrastive objective, where
+    one is on that teaches what `retrieval.by` names. Where none is, the embeddings stay those that the run started from, and `best` says nothing of
+    what it learns: `latest` is its result.
+    """
 
     metric = "mean_R@1"
 
@@ -87,9 +97,11 @@ class Pretraining(Task):
         self_critical: SelfCritical | None = None,
         retrieval: RetrievalConfig | None = None,
     ) -> None:
-        """retrieval: how it is evaluated; by embeddings alone if not given."""
+        """retrieval: how it is evaluated; if not given by embeddings alone, or all pairs by the matching head."""
         super().__init__(model, *build_objectives(model, config, self_critical))
         self.retrieval = RetrievalConfig() if retrieval is None else retrieval
+        taught = any(getattr(config, name) > 0 for name in TEACHES[self.retrieval.by])
+        self.all_pairs = config.contrastive == 0 and taught
         self._found: tuple[Sequence[Record], Retrieved] | None = None
         self.reads_texts |= config.masked_image > 0 and config.masked_image_text
         self.teacher = build_teacher(model, config)
@@ -126,15 +138,16 @@ class Pretraining(Task):
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Record]:
-        """One record an image: its embedding (E,) and those of its texts (n, E); to look at them again its tokens (P, D), in half precision, and
-        the texts' token ids, each with the number of tokens that are not predicted.
+        """One record an image: its embedding (E,) and those of its texts (n, E), unless all pairs are looked at; to look at pairs its tokens (P, D),
+        in half precision, and the texts' token ids, each with the number of tokens that are not predicted.
         """
         features, texts = self.encode_image(batch.images), batch.texts
+        embeddings = [{}] * len(batch) if self.all_pairs else embedded(self.model, features, batch)
         records: list[Record] = [
             {"key": key, "image_id": int(batch.image_ids[i]), **found}
-            for i, (key, found) in enumerate(zip(batch.keys, embedded(self.model, features, batch), strict=True))
+            for i, (key, found) in enumerate(zip(batch.keys, embeddings, strict=True))
         ]
-        if self.retrieval.rerank:
+        if self.retrieval.rerank or self.all_pairs:
             owner = texts.image.cpu().numpy()
             tokens = features.tokens.half().cpu().numpy()
             lengths, prompts, ids = texts.mask.sum(1).tolist(), texts.prompt.tolist(), texts.ids.tolist()
@@ -149,7 +162,7 @@ class Pretraining(Task):
         """
         found = self._retrieve(records)
         scores = found.final.named()
-        if found.final is not found.embeddings:
+        if found.embeddings is not None:
             scores |= {f"embeddings_{name}": value for name, value in found.embeddings.named().items()}
         return {**scores, "images": float(len(found.final.image_ranks))}
 
@@ -169,21 +182,31 @@ class Pretraining(Task):
         return self._found[1]
 
     def _rank(self, records: Sequence[Record]) -> "Retrieved":
+        images = np.arange(len(records))
+        if self.all_pairs:
+            owner = np.repeat(images, [len(r["ids"]) for r in records])
+            # Equal similarities add nothing to what cross-attention says; every pair is a candidate.
+            looked_at = self._look(records, np.zeros((len(images), len(owner))), len(owner))
+            return Retrieved(retrieval_scores(looked_at, images, owner), owner)
         similarity, owner = similarities(records)
-        embeddings = final = retrieval_scores(similarity, np.arange(len(records)), owner)
-        if self.retrieval.rerank:
-            model, settings = self.model, self.retrieval
-            tokens = torch.from_numpy(np.stack([r["tokens"] for r in records]))
-            joined = join_texts([text for r in records for text in r["ids"]], model.config.text.pad_id, model.device)
-            scores = rerank(model, tokens, joined, similarity, settings.rerank, settings.by)
-            final = retrieval_scores(scores, np.arange(len(records)), owner)
-        return Retrieved(embeddings, final, owner)
+        embeddings = retrieval_scores(similarity, images, owner)
+        if self.retrieval.rerank == 0:
+            return Retrieved(embeddings, owner)
+        looked_at = self._look(records, similarity, self.retrieval.rerank)
+        return Retrieved(retrieval_scores(looked_at, images, owner), owner, embeddings)
+
+    def _look(self, records: Sequence[Record], similarity: NDArray, k: int) -> NDArray:
+        """`rerank` of the records' images and texts."""
+        model = self.model
+        tokens = torch.from_numpy(np.stack([r["tokens"] for r in records]))
+        joined = join_texts([text for r in records for text in r["ids"]], model.config.text.pad_id, model.device)
+        return rerank(model, tokens, joined, similarity, k, self.retrieval.by)
 
 
 @dataclass(frozen=True)
 class Retrieved:
-    """Scores by the embeddings, and after the second look, where there was one; owner: (M,), each text's image."""
+    """final: the scores that count. owner: (M,), each text's image. embeddings: those before the second look, where there was one."""
 
-    embeddings: RetrievalScores
     final: RetrievalScores
     owner: NDArray
+    embeddings: RetrievalScores | None = None

@@ -120,7 +120,11 @@ def _mean_likelihood(log_likelihood: NDArray) -> NDArray:
 
 def _matching_odds(model: VisionLanguageModel, texts: Texts, memory: CrossMemory) -> Tensor:
     states = None if texts.states is None else texts.states.to(model.temperature.dtype)
-    logits = model.matching_logits(model.fuse(TextFeatures(texts.ids, texts.mask, states), memory)).double()
+    fused = model.fuse(TextFeatures(texts.ids, texts.mask, states), memory)
+    with torch.autocast(
+        fused.device.type, enabled=False
+    ):  # half precision's logits are too coarse to rank by: many are equal
+        logits = model.matching_logits(exact(fused)).double()
     return logits[:, 1] - logits[:, 0]
 
 
