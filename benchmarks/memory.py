@@ -151,7 +151,7 @@ class _Loader:
 
     steps = 1000
 
-    def iterate(self, epoch: int, start_step: int = 0) -> Iterator[Any]:
+    def iterate(self, epoch: int, start_step: int = 0, stop_step: int | None = None) -> Iterator[Any]:
         """None."""
         raise NotImplementedError
 

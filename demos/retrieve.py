@@ -6,8 +6,8 @@ once: their embeddings are kept in the cache folder ($VLM_CACHE, else ~/.cache/v
 """
 
 import argparse
+import io
 import json
-import math
 import os
 import sys
 from collections import defaultdict
@@ -63,6 +63,8 @@ def retrieve(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: nothing can be compared, or drawn.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # paths go out with the bytes they came in with
     paths = list(listed(arguments.images))
     predictor = load(arguments.model, arguments.device, arguments.int8)
     wanted = predictor.embed_texts([arguments.text])[0]
@@ -70,7 +72,10 @@ def retrieve(arguments: argparse.Namespace) -> int:
     found = [(float(embedding @ wanted), path) for path, embedding in embeddings.items()]
     found.sort(key=lambda pair: -pair[0])
     if arguments.rerank:
-        found = rerank(predictor, found[: arguments.rerank], arguments.text) + found[arguments.rerank :]
+        near = found[: arguments.rerank]
+        scores = predictor.rerank([path for _, path in near], arguments.text)
+        order = sorted(range(len(near)), key=lambda place: -scores[place])
+        found = [near[place] for place in order] + found[arguments.rerank :]
     best = found[: arguments.top]
     for similarity, path in best:
         told = {"image": path, "similarity": round(similarity, 4)}
@@ -106,17 +111,6 @@ def embed(predictor: "Predictor", paths: list[str], cached: bool) -> "dict[str, 
                 bar.update()
             found |= {path: index.entries[name][1] for name, path in names.items() if name in index.entries}
     return found
-
-
-def rerank(predictor: "Predictor", found: list[tuple[float, str]], text: str) -> list[tuple[float, str]]:
-    """Similarities with paths in the order that the matching head says beside them: its log odds correct those of the embeddings."""
-    temperature = float(predictor.model.temperature.detach())
-
-    def score(pair: tuple[float, str]) -> float:
-        chance = min(max(predictor.match(pair[1], [text])[0], 1e-7), 1 - 1e-7)
-        return pair[0] / temperature + math.log(chance / (1 - chance))
-
-    return sorted(found, key=score, reverse=True)
 
 
 if __name__ == "__main__":

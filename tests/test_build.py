@@ -15,22 +15,24 @@ from vlm.build import (
     Parts,
     build_parts,
     build_task,
-    check_held_out,
     image_hiding,
     load_sets,
     sample_encoder,
-    training_images,
+    training_loader,
 )
 from vlm.checkpoint import write_checkpoint
 from vlm.config import (
     Config,
     DataConfig,
+    FinetuneConfig,
+    GenerationConfig,
     ImageConfig,
     ModelConfig,
     ObjectivesConfig,
     SplitsConfig,
     TextConfig,
     TokenizerConfig,
+    TrainConfig,
     VqaConfig,
 )
 from vlm.data.hiding import PatchHiding
@@ -38,12 +40,14 @@ from vlm.data.samples import CaptionEncoder, JointEncoder, QuestionEncoder
 from vlm.data.shards import ShardSet, ShardWriter, load_index
 from vlm.data.text import Tokenizer
 from vlm.errors import ConfigError, UserError
+from vlm.held_out import check_held_out, training_images
 from vlm.model.convert.bert import TextWeights, to_bert_state_dict
 from vlm.model.text_transformer import TextTransformer
 from vlm.model.vocabulary_head import VocabularyHead
 from vlm.tasks.captioning import CaptioningTask
 from vlm.tasks.pretraining import Pretraining
 from vlm.tasks.vqa import PromptedVqa
+from vlm.train.distributed import Ranks
 
 WORDS = (
     "a",
@@ -228,6 +232,7 @@ def test_text_weights_are_trimmed_to_the_words_that_occur(
         model=tiny_config(text={"layers": 3, "cross_attention": (1, 2), "heads": 4, "dim": 64}),
         text_weights=str(folder),
         tokenizer=TokenizerConfig(trim=True, trim_to=(more.root,)),
+        objectives=ObjectivesConfig(captioning=1.0),
     )
     parts = build_parts(config, sets)
     whole, trimmed = Tokenizer.load(folder), parts.tokenizer
@@ -308,6 +313,88 @@ def test_what_was_trained_on_is_not_evaluated(
     assert len(later) == 9
     with pytest.raises(UserError, match="2 of its 2 images were trained on"):
         check_held_out(later, val, allow=False)
+
+
+def test_more_images_than_are_checked_forget_no_earlier_ones(
+    shards: Callable[..., ShardSet],
+    tiny_config: MakeConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train = shards("train", ["a"] * 6)
+    folder = save(
+        build_parts(Config(model=tiny_config()), [train]), tmp_path / "checkpoint", training_images([train], None)
+    )
+    monkeypatch.setattr("vlm.held_out.CHECKED_IMAGES", 8)
+    later = training_images([shards("later", ["d"] * 9, "later")], folder)
+    assert "9 training images, more than 8: nothing will notice" in capsys.readouterr().err
+    with pytest.raises(UserError, match="6 of its 6 images were trained on"):
+        check_held_out(later, train, allow=False)
+
+
+def test_a_run_has_the_heads_that_it_trains_and_those_it_started_from(
+    shards: Callable[..., ShardSet], tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    contrast = ObjectivesConfig(contrastive=1, matching=0, masked_language=0)
+    more = replace(contrast, matching=1, answering=0.5)
+    for config, heads in (
+        (Config(objectives=contrast), ("contrastive",)),
+        (Config(objectives=more), ("contrastive", "matching", "language")),
+        (Config(objectives=replace(contrast, self_critical=1.0)), ("contrastive", "language")),
+        (Config(task="captioning"), ("language",)),
+        (Config(task="captioning", finetune=FinetuneConfig(contrastive=0.1)), ("contrastive", "language")),
+        (Config(task="vqa"), ("language",)),
+        (Config(task="vqa", vqa=VqaConfig(form="classify")), ("classifier",)),
+    ):
+        parts = build_parts(replace(config, model=tiny_config()), [shards()], ["red"])
+        assert parts.config.model.heads == parts.model.config.heads == heads
+        assert (parts.model.matching_head is None) == ("matching" not in heads)
+    first = build_parts(Config(model=tiny_config(), objectives=more), [shards()])
+    folder = save(first, tmp_path / "first")
+    kept = build_parts(Config(model=tiny_config(), init_from=folder, task="captioning"), [])
+    assert kept.config.model.heads == ("contrastive", "matching", "language")
+    other = build_parts(
+        Config(model=tiny_config(), init_from=folder, objectives=replace(contrast, masked_language=1.0)), []
+    )
+    assert other.config.model.heads == ("contrastive", "matching", "masked_language", "language")
+
+
+def test_captions_that_do_not_fit_behind_their_prompt_are_refused(
+    shards: Callable[..., ShardSet], tiny_config: MakeConfig
+) -> None:
+    parts = build_parts(Config(model=tiny_config(text={"max_positions": 40})), [shards(captions=["a red circle"] * 4)])
+    for prompt in ("", "a red circle"):
+        longest = 40 - len(parts.tokenizer.tokens(parts.tokenizer.encode(prompt)[:-1]))
+        data, generation = DataConfig(prompt=prompt), GenerationConfig(max_length=longest)
+        config = replace(parts.config, task="captioning", data=data, generation=generation)
+        build_task(config, parts)
+        longer = replace(config, generation=GenerationConfig(max_length=longest + 1))
+        for wrong in (longer, replace(longer, task="pretraining", objectives=ObjectivesConfig(captioning=1.0))):
+            with pytest.raises(ConfigError, match=rf"use at most generation\.max_length={longest}\."):
+                build_task(wrong, parts)
+        build_task(replace(longer, task="pretraining", objectives=ObjectivesConfig()), parts)
+
+
+def test_parts_of_a_batch_that_ranks_cannot_share_are_named(
+    shards: Callable[..., ShardSet], tiny_config: MakeConfig
+) -> None:
+    train = shards()
+    parts = build_parts(Config(model=tiny_config()), [train])
+    config = replace(parts.config, data=DataConfig(batch_size=64), train=TrainConfig(accumulate=8))
+    with pytest.raises(ConfigError, match=r"data\.batch_size=64 in train\.accumulate=8 parts .*use a multiple of 128"):
+        training_loader(config, parts, [train], Ranks(0, 16, torch.device("cpu")))
+
+
+def test_foreign_shards_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        folder = tmp_path / name / "web" / "train"
+        with ShardWriter(folder, "any") as writer:
+            writer.write("000000000", name.encode(), captions=[name])
+        (folder / "index.json").unlink()
+    folders = [str(tmp_path / name / "web" / "train") for name in ("a", "b")]
+    with pytest.raises(ConfigError, match=r"vlm shards index .* --source"):
+        load_sets(folders, "data.splits.train")
 
 
 def test_the_reward_joins_captioning_and_pretraining(shards: Callable[..., ShardSet], tiny_config: MakeConfig) -> None:

@@ -208,6 +208,26 @@ def test_what_stops_the_work_leaves_with_1_and_one_line(run: Run, config: str, s
     assert not (tmp_path / "e").exists()
 
 
+@pytest.mark.parametrize(
+    ("said", "known"), [("DataLoader worker (pid 7) is killed by signal: Killed. ", True), ("x", False)]
+)
+def test_a_killed_reader_is_told_without_a_traceback(
+    run: Run, config: str, monkeypatch: pytest.MonkeyPatch, said: str, known: bool
+) -> None:
+    def train(*_: Any, **__: Any) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr("vlm.run.train", train)
+    if known:
+        status, _, err = run("train", config)
+        assert status == 1
+        assert "pid 7" in err
+        assert "lower data.workers" in err
+    else:
+        with pytest.raises(RuntimeError, match="x"):
+            run("train", config)
+
+
 def test_dry_run_shows_and_writes_nothing(run: Run, config: str, scenes: Path, tmp_path: Path) -> None:
     before = sorted(str(p) for folder in (tmp_path, scenes) for p in folder.rglob("*"))
     status, _, err = run("train", config, "--dry-run", "--data.prompt", "a picture of")

@@ -16,6 +16,7 @@ from vlm.calibration import CALIBRATED_ON, calibrated_images, store_temperature,
 from vlm.cli import main
 from vlm.data.shards import ShardWriter, load_index
 from vlm.data.synthetic import write_scenes
+from vlm.data.walk import walk
 from vlm.errors import CheckpointError
 from vlm.export import export
 from vlm.metrics.vqa import accuracy
@@ -121,6 +122,26 @@ def test_questions_about_broken_images_get_an_empty_answer(model: Path, tmp_path
     predictions = json.loads((tmp_path / "out/predictions.json").read_text())
     assert sorted(p["question_id"] for p in predictions) == list(range(30))
     assert [p["question_id"] for p in predictions if not p["answer"]] == [0]
+
+
+def test_the_answer_list_of_a_checkpoint_without_one_is_the_training_questions(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As converted ones are."""
+    (model / "answers.json").unlink()
+    write_scenes(tmp_path / "scenes", 8, 4)
+    val, train = tmp_path / "scenes/val", tmp_path / "scenes/train"
+    given = ["--checkpoint", str(model), "--split", "val", "--data.splits.val", str(val), *QUIET]
+    nowhere = ["--data.splits.train", str(tmp_path / "nowhere")]
+    assert main(["evaluate", CONFIG, *given, *nowhere, "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "has no answer list" in said
+    assert "--vqa.inference generate" in said
+    evaluate(model, tmp_path / "out", "--vqa.min-answer-count", "1", val=val, train=train)
+    assert "answers are taken from the questions of" in capsys.readouterr().err
+    known = {answer for f in walk(load_index(train)) for q in f.record.questions for answer in q["answers"]}
+    predictions = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert {p["answer"] for p in predictions} <= known
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,9 @@ class Api:
             self.files[operation.path_in_repo] = content if isinstance(content, bytes) else Path(content).read_bytes()
 
 
+BESIDE = ("answers.json", "trained_on.safetensors", "calibrated_on.safetensors")
+
+
 def test_a_checkpoint_is_uploaded_with_its_card_and_comes_back(
     hub: Hub, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -213,10 +216,12 @@ def test_a_checkpoint_is_uploaded_with_its_card_and_comes_back(
     (folder / "training").mkdir()
     (folder / "training" / "state.pt").write_bytes(b"secret")
     (folder / "notes.txt").write_text("mine")
+    for name in BESIDE:
+        (folder / name).write_bytes(b"of the checkpoint")
     api = Api()
     assert push_to_hub(folder, "someone/mine", private=True, api=api) == "https://hub.example/someone/mine"
     assert api.created == [("someone/mine", True)]
-    assert set(api.files) == {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
+    assert set(api.files) == {"config.json", "model.safetensors", "tokenizer.json", "README.md", *BESIDE}
     card = api.files["README.md"].decode()
     assert 'Predictor.load("someone/mine")' in card
     assert card.replace('load("someone/mine")', "") == (folder / "README.md").read_text().replace(

@@ -41,6 +41,16 @@ def test_a_stage_without_questions_keeps_the_answer_list(
         assert answers == kept
 
 
+def test_a_stage_of_rewards_alone_can_be_evaluated(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    write_scenes(tmp_path / "scenes", 4, 4)
+    weights = {"contrastive": 0, "matching": 0, "masked-language": 0, "captioning": 0, "self-critical": 1}
+    given = [part for name, weight in weights.items() for part in (f"--objectives.{name}", str(weight))]
+    given += ["--checkpoint", str(checkpoint("pretraining")), "--split", "val", "--out", str(tmp_path / "out")]
+    given += ["--data.splits.val", str(tmp_path / "scenes/val"), "--data.workers", "0"]
+    assert main(["evaluate", TINY, *given]) == 0
+    assert (tmp_path / "out/results.json").exists()
+
+
 def test_a_classifier_is_trained_goes_on_exactly_and_starts_another(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -303,8 +303,8 @@ def test_yaml_round_trip(config: Config, write: WriteYaml) -> None:
             "data.max_tokens=32 and data.max_answer_tokens=8 make texts of up to 40 tokens",
         ),
         (
-            "task: captioning\nmodel: {text: {max_positions: 32}}\ngeneration: {max_length: 40}",
-            "generation.max_length=40 and the first token need more positions than model.text.max_positions=32; use at most 31.",
+            "data: {questions: true}\nobjectives: {answering: 1}\nvqa: {form: prompted}\nmodel: {text: {max_positions: 32}}",
+            "data.max_tokens=32 and data.max_answer_tokens=8 make texts of up to 40 tokens",
         ),
     ],
 )

@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from vlm.checkpoint import read_answers, read_trained_on
+from vlm.checkpoint import read_answers
 from vlm.config import CacheConfig, Config, Head, ModelConfig
 from vlm.data.encoders import answers_questions as answers_questions
 from vlm.data.encoders import sample_encoder as sample_encoder
@@ -15,9 +14,9 @@ from vlm.data.encoders import training_transform
 from vlm.data.hiding import PatchHiding, patch_hiding
 from vlm.data.index import ShardSet, list_shards, load_index
 from vlm.data.loader import Loader
-from vlm.data.scan import image_ids
+from vlm.data.places import check_sources
 from vlm.data.text import Tokenizer
-from vlm.errors import ConfigError, UserError
+from vlm.errors import ConfigError
 from vlm.features import stored_features
 from vlm.finetune import prepare_finetuning
 from vlm.hub import local_folder
@@ -30,17 +29,14 @@ from vlm.model.pretrained import load_metadata, model_config, read_weights
 from vlm.model.vision_language import VisionLanguageModel
 from vlm.objectives.self_critical import SelfCritical
 from vlm.order_settings import streams_of
-from vlm.start import check_set_weights, known_classifier, start_teacher, with_classifier
-from vlm.tasks.captioning import CaptioningTask, caption_reward
+from vlm.start import check_set_weights, known_classifier, start_teacher, trained_heads, with_classifier
+from vlm.tasks.captioning import CaptioningTask, caption_reward, first_ids
 from vlm.tasks.pretraining import Pretraining
 from vlm.tasks.task import Task
 from vlm.tasks.vqa import build_vqa
 from vlm.train.distributed import Ranks
 from vlm.train.report import say
 from vlm.vocabulary import tokenizer_and_text
-
-CHECKED_IMAGES = 2_000_000
-"""Above this many training images their identities are not kept and the check of honest splits is left to the user."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +57,14 @@ def load_sets(
     """The shards of a split; cache: for the remote ones. order: `data.order`, if it is for training: resampled, remote ones need no index.
 
     Raises:
-        ConfigError: none is given. UserError: one cannot be used.
+        ConfigError: none is given, or two have the same source by a guess alone. UserError: one cannot be used.
     """
     if not folders:
         raise ConfigError(f"{key} is empty; give at least one folder of shards (made by datasets/NAME/prepare.py).")
     load = list_shards if order == "resampled" else load_index
-    return [load(folder, cache) for folder in folders]
+    sets = [load(folder, cache) for folder in folders]
+    check_sources(sets)
+    return sets
 
 
 def build_parts(config: Config, sets: Sequence[ShardSet], answers: Sequence[str] = ()) -> Parts:
@@ -80,10 +78,9 @@ def build_parts(config: Config, sets: Sequence[ShardSet], answers: Sequence[str]
             return _from_checkpoint(config, folder, answers)
         config = replace(config, init_from=None, text_weights=folder)
     tokenizer, weights, text = tokenizer_and_text(config, sets)
-    config = replace(
-        config,
-        model=replace(config.model, text=replace(text, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id)),
-    )
+    tokenizer.question_cleaning = config.data.question_cleaning
+    text = replace(text, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id)
+    config = replace(config, model=replace(config.model, text=text, heads=trained_heads(config)))
     model = VisionLanguageModel(config.model)
     known: list[str] = []
     if config.model.image.weights or config.model.image.pretrained:
@@ -124,9 +121,8 @@ def _from_checkpoint(config: Config, folder: str, answers: Sequence[str]) -> Par
     # Heads that a converted checkpoint lacks start anew, where the task has a use for them.
     # A classifier is of the run's own answers, or is not kept.
     classifier: tuple[Head, ...] = ("classifier",) if "classifier" in ours.heads else ()
-    wanted = ours.heads if config.task == "pretraining" else classifier or ("language",)
-    beside: tuple[Head, ...] = ("contrastive",) if config.finetune.contrastive else ()
-    heads = tuple(head for head in ModelConfig().heads if head in (*saved.heads, *wanted, *beside)) + classifier
+    wanted = (*saved.heads, *trained_heads(config))
+    heads = tuple(head for head in ModelConfig().heads if head in wanted) + classifier
     merged = replace(
         saved,
         image=image,
@@ -155,7 +151,9 @@ def _from_checkpoint(config: Config, folder: str, answers: Sequence[str]) -> Par
         known += _told(language_from_masked(model))
     if ours.image.image_size is not None:
         model.image_encoder.resize(ours.image.image_size)
-    return _parts(replace(config, model=merged), Tokenizer.load(folder), model, known)
+    tokenizer = Tokenizer.load(folder)
+    data = replace(config.data, question_cleaning=tokenizer.question_cleaning)
+    return _parts(replace(config, model=merged, data=data), tokenizer, model, known)
 
 
 def _told(started: Started | None) -> list[str]:
@@ -191,11 +189,17 @@ def training_loader(config: Config, parts: Parts, sets: Sequence[ShardSet], rank
     """Micro-batches of the training split for this rank."""
     check_set_weights(config, sets)
     data, encoder = config.data, parts.model.image_encoder
+    accumulate, world = config.train.accumulate, ranks.world
+    if accumulate > 1 and data.batch_size // accumulate % world:
+        raise ConfigError(
+            f"data.batch_size={data.batch_size} in train.accumulate={accumulate} parts cannot be divided over {world} ranks; "
+            f"use a multiple of {accumulate * world}."
+        )
     features = stored_features(config, encoder, training_transform(data, encoder.image_size), sets, ranks)
     return Loader(
         sets,
         sample_encoder(config, parts.tokenizer, encoder.image_size, True, image_hiding(config, encoder), features),
-        data.batch_size // config.train.accumulate,
+        data.batch_size // accumulate,
         seed=config.seed,
         streams=streams_of(data, sets),
         shuffle_block=data.shuffle_block,
@@ -225,8 +229,7 @@ def evaluation_loader(config: Config, parts: Parts, shards: ShardSet, ranks: Ran
 def _self_critical(config: Config, parts: Parts, sets: Sequence[ShardSet]) -> SelfCritical | None:
     if config.objectives.self_critical == 0 or not sets:
         return None
-    tokenizer, prompt = parts.tokenizer, config.data.prompt
-    first = tokenizer.encode(prompt)[:-1] if prompt else [tokenizer.cls_id]
+    tokenizer, first = parts.tokenizer, first_ids(parts.tokenizer, config.data.prompt)
     rules = Rules(end_id=tokenizer.sep_id, max_length=config.generation.max_length)
     return SelfCritical(first, rules, caption_reward(tokenizer, sets), temperature=config.objectives.sample_temperature)
 
@@ -267,6 +270,10 @@ def build_task(config: Config, parts: Parts, answers: Sequence[str] = (), sets: 
         raise ConfigError(
             "captions need a decoder that reads the image; set model.decoder=separate and model.decoder_reads=image."
         )
+    if config.task == "captioning" or (
+        config.task == "pretraining" and max(objectives.captioning, objectives.self_critical) > 0
+    ):
+        _check_caption_room(config, parts)
     task = TASKS[config.task](config, parts, answers, sets)
     task.blank_images = config.data.blank_images
     prepare_finetuning(task, config, parts.tokenizer, parts.new, training=bool(sets))
@@ -277,27 +284,12 @@ def build_task(config: Config, parts: Parts, answers: Sequence[str] = (), sets: 
     return task
 
 
-def training_images(sets: Sequence[ShardSet], init_from: str | None) -> Tensor | None:
-    """Sorted identities (N,) int64 of all images that the model will have been trained on, with those of the checkpoint it starts from."""
-    if sum(s.samples for s in sets) > CHECKED_IMAGES or not all(s.counted for s in sets):
-        return None
-    before = read_trained_on(local_folder(init_from)) if init_from is not None else None
-    ids = image_ids(sets) | (set(before.tolist()) if before is not None else set())
-    return torch.tensor(sorted(ids), dtype=torch.long)
-
-
-def check_held_out(trained_on: Tensor | None, shards: ShardSet, allow: bool) -> None:
-    """Refuses to evaluate on images that were trained on, in this task or an earlier one.
-
-    Raises:
-        UserError: names how many.
-    """
-    if trained_on is None or allow:
-        return
-    ids = torch.tensor(sorted(image_ids([shards])), dtype=torch.long)
-    known = int(torch.isin(ids, trained_on).sum())
-    if known:
-        raise UserError(
-            f"{shards.root}: {known} of its {len(ids)} images were trained on (in this or an earlier task), so its scores would lie. "
-            "Split by image (see the prepare.py scripts), or set --data.allow-overlap True if that is what you want to measure."
+def _check_caption_room(config: Config, parts: Parts) -> None:
+    """Refuses captions, which are generated in evaluation and for rewards, that are longer than the model has positions for."""
+    longest, positions = config.generation.max_length, parts.model.config.text.max_positions
+    before = len(first_ids(parts.tokenizer, config.data.prompt))
+    if before + longest > positions:
+        raise ConfigError(
+            f"generation.max_length={longest} and the {before} tokens before it ([CLS] and data.prompt) need more positions than "
+            f"model.text.max_positions={positions}; use at most generation.max_length={max(positions - before, 1)}."
         )

@@ -12,14 +12,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vlm.build import Parts, build_task, check_held_out, evaluation_loader, load_sets
+from vlm.build import Parts, build_task, evaluation_loader, load_sets
 from vlm.checkpoint import read_answers, read_trained_on
 from vlm.config import Config
 from vlm.data.index import ShardSet
 from vlm.data.loader import Loader
 from vlm.data.text import Tokenizer
+from vlm.errors import UserError
 from vlm.evaluation_vqa import AnswersEvaluation, counting_baselines
 from vlm.files import write_json
+from vlm.held_out import check_held_out
 from vlm.hub import local_folder
 from vlm.memory import keep_freed_memory
 from vlm.model.pretrained import load_pretrained
@@ -51,23 +53,52 @@ def evaluate_loader(
         steps = min(steps, -(-images // loader.batch_size))
     pause = 0.1 if sys.stderr.isatty() else 20.0  # a log file wants few lines
     with tqdm(total=steps, desc=title, unit="batch", disable=not ranks.main, leave=False, mininterval=pause) as bar:
-        for index, batch in enumerate(loader.iterate(0)):
-            if index == steps:
-                break
+        for batch in loader.iterate(0, stop_step=steps):
             records += task.predict(batch.to(ranks.device))
             bar.update()
     # By key, whoever predicted them: scores, and intervals that are drawn, do not depend on the number of ranks.
-    records = sorted(ranks.gather(records), key=lambda record: str(record["key"]))
-    scores = task.evaluate(records)
+    # Several tars may have a key in common.
+    records = sorted(ranks.gather(records), key=lambda record: (str(record["key"]), str(record.get("image_id"))))
     left_out: Counter[str] = Counter()
     for part in ranks.gather([dict(loader.bad)]):
         left_out.update(part)
+    if not records:
+        causes = ", ".join(f"{count} x {cause}" for cause, count in sorted(left_out.items()))
+        raise UserError(
+            f"{title}: none of {left_out.total()} samples can be used ({causes}); `vlm shards check` names them."
+        )
+    scores = task.evaluate(records)
     if left_out:
         scores["left_out"] = float(left_out.total())
         scores |= {f"left_out/{cause}": float(count) for cause, count in sorted(left_out.items())}
     if ranks.main:
         say(f"{title}: " + ", ".join(f"{name} {number(value)}" for name, value in scores.items()))
     return scores, records
+
+
+def _answer_list(config: Config, checkpoint: Path) -> list[str]:
+    """The checkpoint's answers; where it has none, as converted ones, and ranks, those of the training questions, as ALBEF and BLIP make their list.
+
+    Raises:
+        UserError: there are no training questions at hand.
+    """
+    answers = read_answers(checkpoint)
+    if answers or config.task != "vqa" or config.vqa.form == "classify" or config.vqa.inference == "generate":
+        return answers
+    from vlm.tasks.vqa import answer_list
+
+    folders = config.data.splits.train
+    try:
+        answers = answer_list(load_sets(folders, "data.splits.train", config.data.cache), config.vqa.min_answer_count)
+    except UserError as error:
+        raise UserError(
+            f"{checkpoint} has no answer list, and there is none to make of the training questions: {error} "
+            "Or let it answer freely: --vqa.inference generate."
+        ) from None
+    say(
+        f"{checkpoint} has no answer list: {len(answers):,} answers are taken from the questions of {', '.join(folders)}"
+    )
+    return answers
 
 
 def evaluate(
@@ -97,7 +128,7 @@ def evaluate(
         trained_on = read_trained_on(checkpoint)
         for shards in held_out if split != "train" else ():
             check_held_out(trained_on, shards, config.data.allow_overlap)
-        task = build_task(parts.config, parts, read_answers(checkpoint)).to(ranks.device).eval()
+        task = build_task(parts.config, parts, _answer_list(config, checkpoint)).to(ranks.device).eval()
         if quantized is not None:
             quantize(task.model, quantized)
         answers = AnswersEvaluation(task, checkpoint, given, split, calibrate)

@@ -10,7 +10,6 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -67,12 +66,15 @@ def stored_features(
             part.file: part for shards in sets for shard in shards.shards for part in _parts(folder, shards, shard)
         }.values()
     )
-    missing = [part for part in parts if not _whole(part.file)]
-    if missing:
+    missing = {part.file for part in parts if not _whole(part.file)}
+    # Ranks that look at different moments see different files missing, so what each makes is divided by all.
+    mine = [part for part in parts[ranks.rank :: ranks.world] if part.file in missing]
+    if ranks.main and missing:
+        images = sum(part.records for part in parts if part.file in missing)
+        _check_room(Path(data.features), encoder, images, data.views)
+    if mine:
         encoder.to(ranks.device)
-        if ranks.main:
-            _check_room(Path(data.features), encoder, sum(part.records for part in missing), data.views)
-        _make(config, encoder, transform, data.views, missing[ranks.rank :: ranks.world], ranks)
+        _make(config, encoder, transform, data.views, mine, ranks)
     ranks.barrier()
     return StoredFeatures([part.file for part in parts], data.views)
 
@@ -122,8 +124,8 @@ def _make(
             )
             keys: list[int] = []
             tokens: list[Tensor] = []
-            # A batch that is all bad is passed over, and one of the next part taken: in both files, then.
-            for batch in islice(loader.iterate(0, part.first // IMAGES), -(-part.records // IMAGES)):
+            first = part.first // IMAGES
+            for batch in loader.iterate(0, first, first - (-part.records // IMAGES)):
                 tokens.append(_encode(config, encoder, batch.images.to(ranks.device)))
                 keys += [source["features"] for source in batch.sources]
                 bar.update(len(batch))

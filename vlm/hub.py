@@ -13,12 +13,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from vlm.calibration import CALIBRATED_ON
+from vlm.checkpoint import ANSWERS, TRAINED_ON
 from vlm.errors import CheckpointError, UserError
 from vlm.model.pretrained import CARD, CONFIG, INDEX, TOKENIZER, WEIGHTS, load_metadata, load_pretrained, read_weights
 from vlm.model.vision_language import VisionLanguageModel
 
 SHARDS = "model-*.safetensors"
-OURS = (CONFIG, WEIGHTS, INDEX, SHARDS, TOKENIZER, CARD, "answers.json", "trained_on.safetensors")
+OURS = (CONFIG, WEIGHTS, INDEX, SHARDS, TOKENIZER, CARD, ANSWERS, TRAINED_ON, CALIBRATED_ON)
 """What a checkpoint on the hub is made of; `training/` is nobody else's."""
 THEIRS = (
     *("generation_config.json", "preprocessor_config.json", "processor_config.json"),

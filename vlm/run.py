@@ -13,10 +13,8 @@ from vlm.build import (
     answers_questions,
     build_parts,
     build_task,
-    check_held_out,
     evaluation_loader,
     load_sets,
-    training_images,
     training_loader,
 )
 from vlm.checkpoint import read_answers, write_checkpoint
@@ -26,6 +24,7 @@ from vlm.data.loader import Loader
 from vlm.errors import ConfigError
 from vlm.evaluation import evaluate_loader, named, start
 from vlm.files import replace_text
+from vlm.held_out import check_held_out, training_images
 from vlm.hub import local_folder
 from vlm.model.pretrained import restore_folder
 from vlm.order_settings import as_begun

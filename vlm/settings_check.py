@@ -180,7 +180,7 @@ def check_lengths(config: Config) -> None:
     """
     data, positions = config.data, config.model.text.max_positions
     longest, keys = data.max_tokens, f"data.max_tokens={data.max_tokens}"
-    if config.task == "vqa" and config.vqa.form == "prompted":
+    if (config.task == "vqa" or data.questions) and config.vqa.form == "prompted":
         longest += data.max_answer_tokens - 1  # the question and its answer in one text, [CLS] once
         keys += f" and data.max_answer_tokens={data.max_answer_tokens}"
     longest = -(-longest // 8) * 8
@@ -188,11 +188,6 @@ def check_lengths(config: Config) -> None:
         raise ConfigError(
             f"{keys} make texts of up to {longest} tokens (a multiple of 8), more than model.text.max_positions={positions}; "
             f"{'lower them' if config.init_from else f'use model.text.max_positions={longest}'}."
-        )
-    if config.task == "captioning" and config.generation.max_length >= positions:
-        raise ConfigError(
-            f"generation.max_length={config.generation.max_length} and the first token need more positions than "
-            f"model.text.max_positions={positions}; use at most {positions - 1}."
         )
 
 

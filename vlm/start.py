@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vlm.config import Config
+from vlm.config import Config, Head
 from vlm.data.index import ShardSet
 from vlm.errors import CheckpointError, ConfigError
 from vlm.model.convert.authors import Momentum
@@ -46,6 +46,24 @@ def with_classifier(config: Config, answers: Sequence[str]) -> Config:
         )
     heads = tuple(head for head in config.model.heads if head != "classifier")
     return replace(config, model=replace(config.model, heads=(*heads, "classifier"), answers=len(answers)))
+
+
+def trained_heads(config: Config) -> tuple[Head, ...]:
+    """Those of `model.heads` that the run has a use for: another would stay as it began, and whoever asked it would be told noise as if it knew.
+
+    Pretraining always compares embeddings: it is evaluated by them, and hard negatives are drawn by them.
+    """
+    weights = config.objectives
+    used: dict[Head, bool] = {
+        "contrastive": config.task == "pretraining" or config.finetune.contrastive > 0,
+        "matching": config.task == "pretraining" and weights.matching > 0,
+        "masked_language": config.task == "pretraining" and weights.masked_language > 0,
+        "language": max(weights.captioning, weights.answering, weights.self_critical) > 0
+        if config.task == "pretraining"
+        else config.task == "captioning" or config.vqa.form != "classify",
+        "classifier": True,  # is there only where it is trained
+    }
+    return tuple(head for head in config.model.heads if used[head])
 
 
 def check_set_weights(config: Config, sets: Sequence[ShardSet]) -> None:

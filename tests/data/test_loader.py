@@ -95,7 +95,9 @@ def test_starting_at_a_step_gives_exactly_the_rest(write_set: WriteSet, make_loa
     whole = epoch(make_loader(*loader.sets))
     for start in range(loader.steps + 1) if workers == 0 else [2]:
         assert epoch(loader, 0, start) == whole[start:]
-    with pytest.raises(ValueError, match=r"start_step=7; expected 0\.\.6"):
+        for stop in range(start, loader.steps + 1, 2):
+            assert [rows(batch) for batch in loader.iterate(0, start, stop)] == whole[start:stop]
+    with pytest.raises(ValueError, match=r"start_step=7 and stop_step=6; expected 0\.\.6"):
         next(loader.iterate(0, 7))
 
 
@@ -250,3 +252,13 @@ def test_resuming_reads_nothing_of_what_was_read_and_opens_no_other_shard(
     epoch(loader, 0, 10)
     assert reads == whole[40:]
     assert len({path for path, _ in reads}) < len({path for path, _ in whole})
+
+
+def test_what_lies_behind_the_last_wanted_step_is_neither_read_nor_counted(
+    write_set: WriteSet, make_loader: MakeLoader
+) -> None:
+    loader = make_loader(write_set(samples=12, broken=(9,)), batch_size=4, training=False, max_bad_fraction=1.0)
+    assert len(list(loader.iterate(0, stop_step=2))) == 2
+    assert loader.bad == {}
+    assert len(list(loader.iterate(0))) == 3
+    assert loader.bad.total() == 1

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from vlm.build import load_sets, training_images
+from vlm.build import load_sets
 from vlm.config import CacheConfig
 from vlm.data.index import ShardSet, list_shards
 from vlm.data.loader import Loader
 from vlm.data.resampled import ResampledOrder
 from vlm.data.scan import scan
 from vlm.errors import ConfigError, UserError
+from vlm.held_out import training_images
 from vlm.settings import config_from_dict
 from vlm.settings_check import check
 

@@ -3,16 +3,21 @@
 import json
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
+from vlm.data.images import decode_image
 from vlm.predictor import Predictor
 
 Demo = Callable[..., Any]
+DEMOS = Path(__file__).parents[2] / "demos"
 
 
 @pytest.fixture(autouse=True)
@@ -177,6 +182,39 @@ def test_the_second_look(demo: Demo, model: Path, pictures: list[Path]) -> None:
         expected = sorted(order[:count], key=lambda i: -odds[i]) + order[count:]
         done = demo("retrieve", *pictures, "two dogs", "--model", model, "--rerank", count, "--json")
         assert [json.loads(line)["image"] for line in done.out] == [str(pictures[i]) for i in expected]
+
+
+def test_without_a_matching_head_the_likelihood_of_the_caption_looks_again(
+    demo: Demo, checkpoint: Callable[..., Path], pictures: list[Path]
+) -> None:
+    model = checkpoint("pretraining", heads=("contrastive", "language"))
+    predictor = Predictor.load(model, "cpu")
+    net, ids = predictor.model, torch.tensor([predictor.tokenizer.encode("two dogs")])
+    wanted = predictor.embed_texts(["two dogs"])[0]
+    scores = []
+    with torch.no_grad():
+        for path in pictures:
+            features = net.encode_image(predictor.transform(decode_image(path))[None])
+            logits = net.language_logits(net.decode_states(ids, net.memory(features.tokens, None, "decoder")))
+            chosen = logits[0, :-1].log_softmax(1).gather(1, ids[0, 1:, None]).sum()
+            scores.append(float(features.embedding[0] @ wanted / net.temperature + chosen))
+    expected = sorted(range(4), key=lambda i: -scores[i])
+    done = demo("retrieve", *pictures, "two dogs", "--model", model, "--rerank", 4, "--json")
+    assert [json.loads(line)["image"] for line in done.out] == [str(pictures[i]) for i in expected]
+    assert expected != sorted(range(4), key=lambda i: -float(predictor.embed_images([pictures[i]])[0] @ wanted))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems' names are texts")
+def test_a_path_that_is_no_text_goes_out_as_it_came_in(model: Path, pictures: list[Path], tmp_path: Path) -> None:
+    odd = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    Path(os.fsdecode(odd)).write_bytes(pictures[0].read_bytes())
+    done = subprocess.run(
+        [sys.executable, str(DEMOS / "retrieve.py"), odd, "two dogs", "--model", str(model), "--no-cache"],
+        capture_output=True,
+        check=True,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+    )
+    assert done.stdout.split(b"\t")[1] == odd + b"\n"
 
 
 def test_the_best_are_drawn(demo: Demo, model: Path, pictures: list[Path], tmp_path: Path) -> None:

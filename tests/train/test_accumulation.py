@@ -54,7 +54,7 @@ class Given:
     def __init__(self, steps: int) -> None:
         self.steps = steps
 
-    def iterate(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+    def iterate(self, epoch: int, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
         raise NotImplementedError
 
 

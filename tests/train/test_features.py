@@ -148,6 +148,17 @@ def test_ranks_make_a_share_each(make_config: MakeConfig, tmp_path: Path, monkey
     assert len(features_of(config, Ranks(0, 1, torch.device("cpu"))).files) == 3
 
 
+def test_ranks_that_look_at_different_moments_leave_nothing_out(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second rank finds what the first has made by then."""
+    monkeypatch.setattr(Ranks, "barrier", lambda self: None)
+    config = make_config({**FROZEN, "model.image": ENCODERS["feature map"], "data.features": str(tmp_path / "kept")})
+    with pytest.raises(OSError, match="No such file"):
+        features_of(config, Ranks(0, 2, torch.device("cpu")))
+    assert len(features_of(config, Ranks(1, 2, torch.device("cpu"))).files) == 3
+
+
 def test_a_broken_image_is_counted_as_without_features(make_config: MakeConfig, tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "broken", source="broken", samples_per_shard=100) as writer:
         for number in range(8):

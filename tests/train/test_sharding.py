@@ -87,8 +87,8 @@ class Batches:
     def steps(self) -> int:
         return len(self.batches)
 
-    def iterate(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        return iter(self.batches[start_step:])
+    def iterate(self, epoch: int, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
+        return iter(self.batches[start_step:stop_step])
 
 
 def trainer_of(name: str, ranks: Ranks, out: Path, world: int = 0, kind: Any = "fsdp") -> Trainer:

@@ -324,7 +324,7 @@ def test_too_few_batches_for_one_step(make_config: MakeConfig) -> None:
     class Short:
         steps = 1
 
-        def iterate(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        def iterate(self, epoch: int, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
             return iter(())
 
     task = build(make_config()).task

@@ -30,6 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("vlm: stopped at once, nothing more was saved", file=sys.stderr)  # noqa: T201
         return 1
+    except RuntimeError as error:
+        # So torch says, in the midst of whatever this process does, that one of its readers was killed.
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        hint = "mostly memory has run out: lower data.workers or data.batch_size; --resume auto goes on from the last state"
+        print(f"vlm: {str(error).strip()} {hint}", file=sys.stderr)  # noqa: T201
+        return 1
     except BrokenPipeError:
         return 1
     except OSError as error:  # a full disk, a path that is a folder, no permission

@@ -105,8 +105,8 @@ class ModelConfig:
     embed_dim: int = 256
     """Width E of the image and text embeddings that the contrastive objective compares."""
     heads: tuple[Head, ...] = ("contrastive", "matching", "masked_language", "language")
-    """The heads that there are. A converted checkpoint has those of its source only, and cannot do what the others are for. `classifier` comes with
-    vqa.form=classify."""
+    """The heads that there may be: a run has those that it trains, and those of the checkpoint that it starts from. A checkpoint cannot do what heads
+    are for that it lacks. `classifier` comes with vqa.form=classify."""
     answers: int = 0
     """Answers that the classifier chooses from; set from the answer list when training starts."""
     text_pool: Literal["first", "mean", "pooler"] = "first"
@@ -154,7 +154,8 @@ class RetrievalConfig:
     """How pretraining's retrieval is evaluated."""
 
     rerank: int = 0
-    """So many of the nearest texts of each image, and images of each text, are scored again by cross-attention; 0: embeddings alone."""
+    """So many of the nearest texts of each image, and images of each text, are scored again by cross-attention; 0: embeddings alone. Without
+    objectives.contrastive all pairs are, whatever stands here, where what `by` names is trained."""
     by: Literal["matching", "captioning"] = "matching"
     """What scores them: the matching head, or the likelihood of the text as a caption of the image."""
 

@@ -99,28 +99,33 @@ class Loader:
         whole, rest = divmod(self.samples, self.batch_size)
         return whole + (rest > 0 and not self.training)
 
-    def iterate(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """This rank's batches of an epoch from step `start_step` on: batch_size / world samples each.
+    def iterate(self, epoch: int, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
+        """This rank's batches of an epoch from step `start_step` on: batch_size / world samples each. stop_step: the first that is not wanted, and
+        not read or counted either; None takes all.
 
         In evaluation a rank's last batches may be smaller, and one that is left without samples is passed over. Raises UserError where more than
         `max_bad_fraction` of the samples (at least 100) are bad, or all of them.
         """
-        if not 0 <= start_step <= self.steps:
-            raise ValueError(f"start_step={start_step}; expected 0..{self.steps}, the steps of an epoch.")
+        stop_step = self.steps if stop_step is None else stop_step
+        if not 0 <= start_step <= stop_step <= self.steps:
+            raise ValueError(
+                f"start_step={start_step} and stop_step={stop_step}; expected 0..{self.steps}, the steps of an epoch."
+            )
         self.bad, self._examples = Counter(), {}
         work = _Steps(
             self._order(epoch),
-            *(self.encode, self.batch_size, self.rank, self.world, self.training, start_step, self.steps, self.ahead),
+            *(self.encode, self.batch_size, self.rank, self.world, self.training, start_step, stop_step, self.ahead),
         )
         pin = torch.cuda.is_available()
         seen = 0
         for slots in self._joined(work):
             filled = self._count(slots)
             seen += len(slots)
-            self._check(seen)
+            self._check(seen, ended=False)
             samples = [slot.sample for slot in slots if slot.sample is not None]
             if samples:
                 yield collate(samples, self.encode.pad_id, filled, pin)
+        self._check(seen, ended=(start_step, stop_step) == (0, self.steps))
 
     def _order(self, epoch: int) -> Order:
         plan = self.sets, self.seed, epoch, self.streams
@@ -161,9 +166,8 @@ class Loader:
         self.bad.update(here)
         return dict(here)
 
-    def _check(self, seen: int) -> None:
+    def _check(self, seen: int, ended: bool) -> None:
         bad = sum(self.bad.values())
-        ended = seen == len(range(self.rank, self.samples, self.world))
         if (bad > self.max_bad_fraction * seen and seen >= CHECKED_AFTER) or (bad == seen > 0 and ended):
             causes = ", ".join(f"{count} x {cause}" for cause, count in self.bad.most_common())
             raise UserError(

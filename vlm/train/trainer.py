@@ -31,15 +31,15 @@ from vlm.train.trackers import RunLog
 
 
 class TrainingLoader(Protocol):
-    """What the loop needs of the data: `steps` batches an epoch, readable from any step."""
+    """What the loop needs of the data: `steps` batches an epoch, readable from any step to any other."""
 
     @property
     def steps(self) -> int:
         """Batches an epoch."""
         ...
 
-    def iterate(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """The epoch's batches from a step on."""
+    def iterate(self, epoch: int, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
+        """The epoch's batches from one step to before another."""
         ...
 
 
@@ -139,10 +139,7 @@ class Trainer:
         step = self.step
         while True:
             epoch, start = divmod(step, self.epoch_steps)
-            for index, batch in enumerate(self.loader.iterate(epoch, start * accumulate)):
-                if index == (self.epoch_steps - start) * accumulate:
-                    break
-                yield batch
+            yield from self.loader.iterate(epoch, start * accumulate, self.epoch_steps * accumulate)
             step = (epoch + 1) * self.epoch_steps
 
     def _next(self, batches: Iterator[Batch]) -> tuple[list[Batch], float]:
