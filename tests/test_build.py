@@ -29,6 +29,7 @@ from vlm.config import (
     ImageConfig,
     ModelConfig,
     ObjectivesConfig,
+    RetrievalConfig,
     SplitsConfig,
     TextConfig,
     TokenizerConfig,
@@ -386,15 +387,17 @@ def test_parts_of_a_batch_that_ranks_cannot_share_are_named(
         training_loader(config, parts, [train], Ranks(0, 16, torch.device("cpu")))
 
 
-def test_foreign_shards_of_one_name_are_told_apart(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        folder = tmp_path / name / "web" / "train"
-        with ShardWriter(folder, "any") as writer:
-            writer.write("000000000", name.encode(), captions=[name])
-        (folder / "index.json").unlink()
-    folders = [str(tmp_path / name / "web" / "train") for name in ("a", "b")]
-    with pytest.raises(ConfigError, match=r"vlm shards index .* --source"):
-        load_sets(folders, "data.splits.train")
+def test_looking_again_needs_the_head_that_looks(shards: Callable[..., ShardSet], tiny_config: MakeConfig) -> None:
+    contrast = ObjectivesConfig(contrastive=1, matching=0, masked_language=0)
+    for by, objective in (("matching", "matching"), ("captioning", "captioning")):
+        retrieval = RetrievalConfig(rerank=4, by=by)  # type: ignore[arg-type]
+        config = Config(model=tiny_config(), objectives=contrast, retrieval=retrieval)
+        parts = build_parts(config, [shards()])
+        with pytest.raises(ConfigError, match=rf"retrieval\.by={by} needs a .* give objectives\.{objective} a weight"):
+            build_task(parts.config, parts)
+        able = replace(config, objectives=replace(contrast, **{objective: 1.0}))
+        parts = build_parts(able, [shards()])
+        build_task(parts.config, parts)
 
 
 def test_the_reward_joins_captioning_and_pretraining(shards: Callable[..., ShardSet], tiny_config: MakeConfig) -> None:

@@ -106,3 +106,32 @@ def test_unusable_settings_of_questions_are_refused(
     classify = str(Path(TINY).parents[1] / "finetune/vqa/tiny_classify.yaml")
     assert main(["train", classify, *given, "--out", str(tmp_path / "run"), *more]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_foreign_shards_of_one_name_are_not_trained_on_together(
+    checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = []
+    for name in ("a", "b"):
+        write_scenes(tmp_path / name / "web", 8, 4)
+        folders.append(str(tmp_path / name / "web" / "train"))
+        (tmp_path / name / "web" / "train" / "index.json").unlink()
+    given = ["--init-from", str(checkpoint("pretraining")), "--data.splits.train", *folders, *SMALL]
+    assert main(["train", TINY, *given, "--out", str(tmp_path / "run")]) == 2
+    assert "--source" in capsys.readouterr().err
+
+
+def test_a_run_of_more_heads_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As runs had that began when untrained heads were kept."""
+    write_scenes(tmp_path / "scenes", 12, 4)
+    given = ["--data.splits.train", str(tmp_path / "scenes/train"), "--out", str(tmp_path / "run"), *SMALL]
+    run = ["train", TINY, *given, "--objectives.matching", "0", "--train.save-every", "1", "--train.keep", "9"]
+    with monkeypatch.context() as before:
+        before.setattr("vlm.build.trained_heads", lambda config: config.model.heads)
+        assert main([*run, "--train.epochs", "1"]) == 0
+    heads = load_metadata(tmp_path / "run/latest")["model"]["heads"]
+    assert "matching" in heads
+    shutil.rmtree(tmp_path / "run/latest")
+    shutil.copytree(tmp_path / "run/step-00000001", tmp_path / "run/latest")
+    assert main([*run, "--train.epochs", "1", "--resume", "auto"]) == 0
+    assert load_metadata(tmp_path / "run/latest")["model"]["heads"] == heads

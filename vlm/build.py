@@ -14,7 +14,6 @@ from vlm.data.encoders import training_transform
 from vlm.data.hiding import PatchHiding, patch_hiding
 from vlm.data.index import ShardSet, list_shards, load_index
 from vlm.data.loader import Loader
-from vlm.data.places import check_sources
 from vlm.data.text import Tokenizer
 from vlm.errors import ConfigError
 from vlm.features import stored_features
@@ -57,30 +56,30 @@ def load_sets(
     """The shards of a split; cache: for the remote ones. order: `data.order`, if it is for training: resampled, remote ones need no index.
 
     Raises:
-        ConfigError: none is given, or two have the same source by a guess alone. UserError: one cannot be used.
+        ConfigError: none is given. UserError: one cannot be used.
     """
     if not folders:
         raise ConfigError(f"{key} is empty; give at least one folder of shards (made by datasets/NAME/prepare.py).")
     load = list_shards if order == "resampled" else load_index
-    sets = [load(folder, cache) for folder in folders]
-    check_sources(sets)
-    return sets
+    return [load(folder, cache) for folder in folders]
 
 
-def build_parts(config: Config, sets: Sequence[ShardSet], answers: Sequence[str] = ()) -> Parts:
+def build_parts(
+    config: Config, sets: Sequence[ShardSet], answers: Sequence[str] = (), heads: Sequence[Head] = ()
+) -> Parts:
     """Tokenizer and model, from a checkpoint (`init_from`), BERT-shaped weights (`text_weights`) or anew; `sets`: the training shards; answers: what
-    a classifier is to choose from."""
+    a classifier is to choose from; heads: those that a run which goes on has."""
     torch.manual_seed(config.seed)
     config = with_classifier(config, answers)
     if config.init_from is not None:
         folder = str(local_folder(config.init_from))
         if not is_text_folder(folder):
-            return _from_checkpoint(config, folder, answers)
+            return _from_checkpoint(config, folder, answers, heads)
         config = replace(config, init_from=None, text_weights=folder)
     tokenizer, weights, text = tokenizer_and_text(config, sets)
     tokenizer.question_cleaning = config.data.question_cleaning
     text = replace(text, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id)
-    config = replace(config, model=replace(config.model, text=text, heads=trained_heads(config)))
+    config = replace(config, model=replace(config.model, text=text, heads=tuple(heads or trained_heads(config))))
     model = VisionLanguageModel(config.model)
     known: list[str] = []
     if config.model.image.weights or config.model.image.pretrained:
@@ -102,7 +101,7 @@ def _parts(config: Config, tokenizer: Tokenizer, model: VisionLanguageModel, kno
     return Parts(config, tokenizer, model, add_adapters(model, config.finetune.low_rank, new))
 
 
-def _from_checkpoint(config: Config, folder: str, answers: Sequence[str]) -> Parts:
+def _from_checkpoint(config: Config, folder: str, answers: Sequence[str], known_heads: Sequence[Head]) -> Parts:
     metadata = load_metadata(folder)
     saved = model_config(metadata, folder)
     ours = config.model
@@ -121,7 +120,7 @@ def _from_checkpoint(config: Config, folder: str, answers: Sequence[str]) -> Par
     # Heads that a converted checkpoint lacks start anew, where the task has a use for them.
     # A classifier is of the run's own answers, or is not kept.
     classifier: tuple[Head, ...] = ("classifier",) if "classifier" in ours.heads else ()
-    wanted = (*saved.heads, *trained_heads(config))
+    wanted = known_heads or (*saved.heads, *trained_heads(config))
     heads = tuple(head for head in ModelConfig().heads if head in wanted) + classifier
     merged = replace(
         saved,
@@ -274,6 +273,8 @@ def build_task(config: Config, parts: Parts, answers: Sequence[str] = (), sets: 
         config.task == "pretraining" and max(objectives.captioning, objectives.self_critical) > 0
     ):
         _check_caption_room(config, parts)
+    if config.task == "pretraining":
+        _check_second_look(config, parts)
     task = TASKS[config.task](config, parts, answers, sets)
     task.blank_images = config.data.blank_images
     prepare_finetuning(task, config, parts.tokenizer, parts.new, training=bool(sets))
@@ -282,6 +283,17 @@ def build_task(config: Config, parts: Parts, answers: Sequence[str] = (), sets: 
         if told is not None:
             say(told)
     return task
+
+
+def _check_second_look(config: Config, parts: Parts) -> None:
+    """Refuses to look again with a head that the model lacks, which the first evaluation would notice after hours."""
+    by, heads = config.retrieval.by, parts.model.config.heads
+    head = "language" if by == "captioning" else by
+    if config.retrieval.rerank and head not in heads:
+        raise ConfigError(
+            f"retrieval.rerank={config.retrieval.rerank} with retrieval.by={by} needs a {head} head, and this model has {', '.join(heads)}: "
+            f"give objectives.{by} a weight, set retrieval.rerank=0, or choose the other retrieval.by."
+        )
 
 
 def _check_caption_room(config: Config, parts: Parts) -> None:

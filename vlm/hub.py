@@ -22,6 +22,8 @@ from vlm.model.vision_language import VisionLanguageModel
 SHARDS = "model-*.safetensors"
 OURS = (CONFIG, WEIGHTS, INDEX, SHARDS, TOKENIZER, CARD, ANSWERS, TRAINED_ON, CALIBRATED_ON)
 """What a checkpoint on the hub is made of; `training/` is nobody else's."""
+CONVERSION = 2
+"""Counted up when conversion makes something else of the same weights; 2: it says how questions are cleaned."""
 THEIRS = (
     *("generation_config.json", "preprocessor_config.json", "processor_config.json"),
     *("tokenizer_config.json", "vocab.txt"),
@@ -109,7 +111,7 @@ def _converted(folder: Path, key: str) -> Path:
         mine = version("vlm-fusion")
     except PackageNotFoundError:
         mine = "source"
-    target = cache_folder() / mine / key
+    target = cache_folder() / f"{mine}-{CONVERSION}" / key
     if target.is_dir():
         return target
     try:

@@ -208,14 +208,15 @@ class Predictor:
 
         wanted = self.embed_texts([text])
         by: Literal["matching", "captioning"] = "matching"
+        prompt = self._text_prompt
         if "matching" not in self.model.config.heads:
             self._need("language", "look at images again")
-            by = "captioning"
+            by, prompt = "captioning", self.prompt
         found = [self.model.encode_image(batch) for batch in self._batches(images, batch_size)]
         if not found:
             return []
         similarity = torch.cat([features.embedding.float().cpu() for features in found]) @ wanted.T.float()
-        encoded = self.tokenizer.encode_with_prompt(self.prompt, clean_caption(text), self.max_tokens)
+        encoded = self.tokenizer.encode_with_prompt(prompt, clean_caption(text), self.max_tokens)
         texts = join_texts([encoded], self.tokenizer.pad_id, self.model.device)
         tokens = torch.cat([features.tokens for features in found])
         scores: list[float] = rerank(self.model, tokens, texts, similarity.numpy(), len(tokens), by)[:, 0].tolist()
@@ -251,6 +252,11 @@ class Predictor:
             )
 
     @property
+    def _text_prompt(self) -> str:
+        """What texts that are compared begin with: in pretraining the prompt began every text."""
+        return self.prompt if self.metadata.get("task") == "pretraining" else ""
+
+    @property
     def _reads_question(self) -> bool:
         settings = self.model.config
         return settings.decoder == "separate" and settings.decoder_reads == "question"
@@ -284,8 +290,7 @@ class Predictor:
         from vlm.data.collate import pad
 
         _refuse_single(texts)
-        prompt = self.prompt if self.metadata.get("task") == "pretraining" else ""  # there it began every text
-        rows = [self.tokenizer.encode(clean_caption(text), self.max_tokens, prompt) for text in texts]
+        rows = [self.tokenizer.encode(clean_caption(text), self.max_tokens, self._text_prompt) for text in texts]
         for first in range(0, len(rows), batch_size):
             ids, mask = pad(rows[first : first + batch_size], self.tokenizer.pad_id)
             yield self.model.encode_text(ids.to(self.model.device), mask.to(self.model.device))

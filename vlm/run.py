@@ -18,15 +18,16 @@ from vlm.build import (
     training_loader,
 )
 from vlm.checkpoint import read_answers, write_checkpoint
-from vlm.config import Config
+from vlm.config import Config, Head
 from vlm.data.index import ShardSet
 from vlm.data.loader import Loader
+from vlm.data.places import check_sources
 from vlm.errors import ConfigError
 from vlm.evaluation import evaluate_loader, named, start
 from vlm.files import replace_text
 from vlm.held_out import check_held_out, training_images
 from vlm.hub import local_folder
-from vlm.model.pretrained import restore_folder
+from vlm.model.pretrained import load_metadata, restore_folder
 from vlm.order_settings import as_begun
 from vlm.samples import SampleBook
 from vlm.settings import config_to_yaml
@@ -72,7 +73,9 @@ def _train(config: Config, ranks: Ranks, resume: bool) -> dict[str, Any]:
     if resuming:
         config = as_begun(config, out)
     config = settled(config, ranks)
-    built = build_run(config, ranks)
+    # A state fits the model that it is of, whatever heads a new run would have.
+    heads = load_metadata(latest)["model"]["heads"] if resuming else ()
+    built = build_run(config, ranks, heads)
     parts, held_out, loader = built.parts, built.held_out, built.loader
     evaluators = {name: evaluation_loader(config, parts, shards, ranks) for name, shards in named(held_out).items()}
     book = SampleBook(parts, named(held_out))
@@ -119,16 +122,17 @@ class BuiltRun:
     answers: list[str]
 
 
-def build_run(config: Config, ranks: Ranks) -> BuiltRun:
-    """From settings to model, task and data.
+def build_run(config: Config, ranks: Ranks, heads: Sequence[Head] = ()) -> BuiltRun:
+    """From settings to model, task and data. heads: those of the run that goes on.
 
     Raises:
         UserError: shards are missing, settings do not fit each other, or a held-out image was trained on.
     """
     sets = load_sets(config.data.splits.train, "data.splits.train", config.data.cache, config.data.order)
+    check_sources(sets)
     held_out = [load_sets([folder], "data.splits.val", config.data.cache)[0] for folder in config.data.splits.val]
     answers = known_answers(config, sets)
-    parts = build_parts(config, sets, answers)
+    parts = build_parts(config, sets, answers, heads)
     check_lengths(parts.config)
     trained_on = training_images(sets, config.init_from)
     for shards in held_out:

@@ -50,6 +50,7 @@ def content(folder: Path) -> dict[str, object]:
         ("/train", "train"),
         ("/", ""),
         ("https://host/cc12m/train", "cc12m-train"),
+        ("https://huggingface.co/datasets/pixparse/cc3m-wds/resolve/main", "cc3m-wds-resolve-main"),
         ("https://host/cc12m/{shard}?token=T", "cc12m"),
         ("s3://train", "train"),
         ("pipe:aws s3 cp s3://bucket/cc12m/train/{shard} -", "cc12m-train"),
@@ -85,9 +86,23 @@ def test_two_places_are_not_guessed_alike(alike: list[Path], tmp_path: Path) -> 
         check_sources(sets)
     with pytest.raises(ConfigError, match=message):
         join(sets, tmp_path / "out")
-    remote = [list_shards(f"https://{host}/web/train/{{00000..00009}}.tar") for host in ("one", "two")]
+    uncounted = [list_shards(f"https://{host}/web/train/{{00000..00009}}.tar") for host in ("one", "two")]
+    check_sources(uncounted)  # nobody could name these
+    remote = [replace(shards, counted=True) for shards in uncounted]
     with pytest.raises(ConfigError, match="https://one/web/train and https://two/web/train"):
         check_sources(remote)
+
+
+def test_a_shard_that_grew_after_it_was_counted_is_told(
+    tmp_path: Path, write_tar: WriteTar, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = foreign(tmp_path / "web/train", write_tar)
+    load_index(folder)
+    assert caplog.text == ""
+    members = {f"{i:09}.{kind}": b"x" * 600 for i in range(9) for kind in ("jpg", "txt")}
+    write_tar(folder / "00000.tar", members)
+    load_index(folder)
+    assert "00000.tar (1 such) has another size than its index.json says" in caplog.text
 
 
 def test_the_same_place_twice_and_named_sources_are_read(alike: list[Path], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from vlm.data.index import load_index
 from vlm.data.records import Record
 from vlm.data.scan import scan
 from vlm.data.shards import ShardWriter
-from vlm.errors import BadImage
+from vlm.errors import BadImage, UserError
 
 KEYS = [b"caf\xe9".decode(errors="surrogateescape"), b"d/caf\xe9".decode(errors="surrogateescape"), "café"]
 COMMANDS = {"filter": ["filter"], "join": ["join"], "ask": ["ask", "--per-image", "1"]}
@@ -86,3 +86,15 @@ def test_check_names_them_on_any_terminal(
 
 def _broken(image: bytes, name: str) -> None:
     raise BadImage(f"{name} is broken")
+
+
+def test_half_a_character_in_a_text_is_not_written(tmp_path: Path) -> None:
+    """Nobody could read the record."""
+    asked = [{"question_id": 1, "question": "what \udce9?", "answers": ["red"]}]
+    with ShardWriter(tmp_path / "shards", "mine") as writer:
+        writer.write("good", b"img", captions=["a dog"], image_id="caf\udce9")
+        with pytest.raises(UserError, match="a: its texts hold half a character"):
+            writer.write("a", b"img", captions=["a dog \ud83d runs"])
+        with pytest.raises(UserError, match="b: its texts hold half a character"):
+            writer.write("b", b"img", questions=asked)
+    assert load_index(tmp_path / "shards").samples == 1

@@ -154,8 +154,8 @@ class RetrievalConfig:
     """How pretraining's retrieval is evaluated."""
 
     rerank: int = 0
-    """So many of the nearest texts of each image, and images of each text, are scored again by cross-attention; 0: embeddings alone. Without
-    objectives.contrastive all pairs are, whatever stands here, where what `by` names is trained."""
+    """So many of the nearest texts of each image, and images of each text, are scored again by cross-attention; 0: embeddings alone or, without
+    objectives.contrastive and where what `by` names is trained, all pairs by cross-attention alone."""
     by: Literal["matching", "captioning"] = "matching"
     """What scores them: the matching head, or the likelihood of the text as a caption of the image."""
 
@@ -245,7 +245,7 @@ class GenerationConfig:
     no_repeat_ngram: int = 0
     """Forbid repeating n-grams of this size; 0 allows."""
     no_doubled_words: bool = False
-    """Forbid a word right after itself, as in "a green green bus", which models trained for a reward say now and then."""
+    """Forbid a token, mostly a word, right after itself, as in "a green green bus", which models trained for a reward say now and then."""
     banned_words: tuple[str, ...] = ()
     """Words and phrases that no caption contains, in any spelling that the tokenizer has for them."""
     temperature: float = 1.0

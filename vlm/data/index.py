@@ -110,7 +110,19 @@ def load_index(path: str | Path, cache: CacheConfig | None = None) -> ShardSet:
         raise UserError(
             f"{folder} lacks {missing[0]} ({len(missing)} shards of its index); copy it there or run `vlm shards index {folder}`."
         )
+    _warn_of_changed(folder, known.shards)
     return known
+
+
+def _warn_of_changed(folder: Path, shards: Sequence[ShardInfo]) -> None:
+    """Says which tars have another size than when they were counted: of one that has grown, nothing else tells that its new records are not read."""
+    changed = [s.name for s in shards if s.bytes and (folder / s.name).stat().st_size != s.bytes]
+    if changed:
+        log.warning(
+            "%s: %s (%d such) has another size than its index.json says: it was changed after it was counted, and records beyond those counted then "
+            "are not read. `vlm shards index %s` counts anew.",
+            *(folder, changed[0], len(changed), folder),
+        )
 
 
 def list_shards(path: str | Path, cache: CacheConfig | None = None) -> ShardSet:

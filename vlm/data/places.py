@@ -20,6 +20,9 @@ SPLIT = re.compile(  # a folder that every data set has: train, val2014, test-de
 )
 
 
+REVISION = ("main", "resolve")  # of every data set on the hub: OWNER/NAME/resolve/main/...
+
+
 def expand(pattern: str, place: str) -> list[str]:
     """What a brace pattern stands for. place: all that was given.
 
@@ -58,7 +61,7 @@ def guess_source(root: str) -> str:
     """
     *above, name = _parts(root)
     source = name
-    while SPLIT.fullmatch(name) and above and above[-1] not in ("", ".", ".."):
+    while (SPLIT.fullmatch(name) or name in REVISION) and above and above[-1] not in ("", ".", ".."):
         name = above.pop()
         source = f"{name}-{source}"
     return source
@@ -79,7 +82,7 @@ def check_sources(sets: "Sequence[ShardSet]") -> None:
     places: dict[str, str] = {}
     for shards in sets:
         place = shards.root if is_remote(shards.root) else str(Path(shards.root).resolve())
-        if shards.guessed and (other := places.setdefault(shards.source, place)) != place:
+        if shards.guessed and shards.counted and (other := places.setdefault(shards.source, place)) != place:
             raise ConfigError(
                 f"{other} and {place}: nobody named their source, and both would be {shards.source!r}, so that images with the same key would be "
                 "taken for one. Name each with `vlm shards index FOLDER --source NAME` (the parts of one data set alike; docs/data.md, Sources)."

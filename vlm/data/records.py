@@ -121,13 +121,19 @@ def _parse_json(name: str, data: bytes) -> dict[str, Any]:
         raise BadRecord("broken json", f"{name}: its .json cannot be read ({error}).") from None
     if not isinstance(fields, dict):
         raise BadRecord("broken json", f"{name}: its .json is not an object.")
-    if "\\ud" in text.lower():  # half of an escaped pair is no character: tokenizers and files would refuse it later
-        try:
-            json.dumps(json.loads(text, object_hook=_without_names), ensure_ascii=False).encode()
-            json.dumps(fields, ensure_ascii=False).encode(errors="surrogateescape")
-        except UnicodeEncodeError:
-            raise BadRecord("not UTF-8", f"{name}: its .json holds an unpaired surrogate.") from None
+    if "\\ud" in text.lower() and not texts_are_whole(text):
+        raise BadRecord("not UTF-8", f"{name}: its .json holds an unpaired surrogate.")
     return fields
+
+
+def texts_are_whole(text: str) -> bool:
+    """Whether no text in this JSON holds half of an escaped pair, which is no character: tokenizers and files would refuse it later."""
+    try:
+        json.dumps(json.loads(text, object_hook=_without_names), ensure_ascii=False).encode()
+        json.dumps(json.loads(text), ensure_ascii=False).encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _without_names(fields: dict[str, Any]) -> dict[str, Any]:

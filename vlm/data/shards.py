@@ -12,7 +12,7 @@ import webdataset
 
 from vlm.data.index import MADE_BY, REPLACING, ShardInfo, ShardSet, index_content, is_ours, load_index, write_index
 from vlm.data.places import check_source
-from vlm.data.records import IMAGE_EXTENSIONS, BadRecord, Record, ShardReader, image_hash
+from vlm.data.records import IMAGE_EXTENSIONS, BadRecord, Record, ShardReader, image_hash, texts_are_whole
 from vlm.errors import UserError
 from vlm.files import write_json
 
@@ -109,6 +109,10 @@ class ShardWriter:
             fields["synthetic"] = list(synthetic)
         # bytes of a name that are not UTF-8 are half characters, and these are written as JSON's own escapes
         text = json.dumps(fields, ensure_ascii=False).encode(errors="backslashreplace")
+        if b"\\ud" in text and not texts_are_whole(text.decode()):
+            raise UserError(
+                f"{key}: its texts hold half a character (an unpaired surrogate); mend them or leave the record out."
+            )
         try:
             self._open_shard().write({"__key__": key, extension: image, "json": text})
             self._keys.add(key)

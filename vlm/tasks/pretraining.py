@@ -101,7 +101,7 @@ class Pretraining(Task):
         super().__init__(model, *build_objectives(model, config, self_critical))
         self.retrieval = RetrievalConfig() if retrieval is None else retrieval
         taught = any(getattr(config, name) > 0 for name in TEACHES[self.retrieval.by])
-        self.all_pairs = config.contrastive == 0 and taught
+        self.all_pairs = config.contrastive == 0 and taught and self.retrieval.rerank == 0
         self._found: tuple[Sequence[Record], Retrieved] | None = None
         self.reads_texts |= config.masked_image > 0 and config.masked_image_text
         self.teacher = build_teacher(model, config)
