@@ -15,8 +15,9 @@ from vlm.data.prepare import LeftOut, Photograph, keyed_hash, read_lines, run, s
 from vlm.data.references import question
 from vlm.errors import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
 TEXT_COLUMNS = ("caption", "captions", "question")
+COLUMNS = ("image", *TEXT_COLUMNS, "answer", "answers")
 FORMS = "a .csv, .tsv or .jsonl file, or a folder of images with .txt files beside them"
 
 
@@ -29,7 +30,11 @@ class Described:
 
 
 def read_table(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Rows of a CSV, TSV or JSONL file, each with a name for error messages ("row 3": the line of the table's third record)."""
+    """Rows of a CSV, TSV or JSONL file, each with a name for error messages ("row 3": the line of the table's third record).
+
+    Raises:
+        UserError: text that is not UTF-8, a row that cannot be read, columns that are missing or stand twice.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -39,28 +44,45 @@ def read_table(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             if line.strip():
                 yield f"{path} row {number}", _parse_row(path, number, line)
         return
-    reader = csv.DictReader(StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-    columns = [c.strip() for c in reader.fieldnames or ()]
+    rows = _rows(path, text)
+    columns = [c.strip() for c in next(rows, ())]
+    _check_columns(path, columns)
+    for number, cells in enumerate(rows, 2):
+        if len(cells) > len(columns):
+            raise UserError(
+                f"{path} row {number}: {len(cells)} cells, expected {len(columns)}; put text with commas in quotes"
+            )
+        yield f"{path} row {number}", {name: cell for name, cell in zip(columns, cells, strict=False) if cell}
+
+
+def _rows(path: Path, text: str) -> Iterator[list[str]]:
+    """The cells of each row that is not empty; `strict`, as an unclosed quote would take all rows up to the next one into its cell."""
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    number = 1
+    try:
+        for cells in csv.reader(StringIO(text, newline=""), delimiter=delimiter, strict=True):
+            if cells:
+                yield cells
+                number += 1
+    except csv.Error as error:
+        raise UserError(
+            f"{path} row {number}: not a readable table ({error}); a cell that begins with a quote ends with one, "
+            'and a quote inside it is written twice (""); or write the table as .jsonl'
+        ) from None
+
+
+def _check_columns(path: Path, columns: Sequence[str]) -> None:
     if "image" not in columns:
         raise UserError(f"{path} row 1: the columns are {', '.join(columns) or 'missing'}; expected one named 'image'")
     if not set(columns) & set(TEXT_COLUMNS):
         raise UserError(
             f"{path} row 1: the columns are {', '.join(columns)}; expected one of {', '.join(TEXT_COLUMNS)} too"
         )
-    reader.fieldnames = columns
-    for number, row in enumerate(_rows(reader, path), 2):
-        if None in row:
-            raise UserError(
-                f"{path} row {number}: {len(columns) + len(row[None])} cells, expected {len(columns)}; put text with commas in quotes"
-            )
-        yield f"{path} row {number}", {name: cell for name, cell in row.items() if cell}
-
-
-def _rows(reader: "csv.DictReader[str]", path: Path) -> Iterator[dict[Any, Any]]:
-    try:
-        yield from reader
-    except csv.Error as error:
-        raise UserError(f"{path} line {reader.line_num}: not a readable table ({error})") from None
+    if twice := [c for c in COLUMNS if columns.count(c) > 1]:
+        raise UserError(
+            f"{path} row 1: the column {twice[0]!r} stands {columns.count(twice[0])} times, expected once; "
+            "write several texts as rows of their own, or as a JSON list in 'captions' or 'answers'"
+        )
 
 
 def _parse_row(path: Path, number: int, line: str) -> Mapping[str, Any]:
@@ -125,11 +147,14 @@ def collect(source: Path) -> dict[str, Described]:
 
 
 def collect_folder(source: Path, left_out: LeftOut) -> dict[str, Described]:
-    """Captions by the image's path inside `source`, from the .txt file beside each image (one caption a line)."""
+    """Captions by the image's path inside `source`, from the .txt file beside each image (one caption a line); other files are counted."""
     images: dict[str, Described] = {}
-    for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES):
-        beside = path.with_suffix(".txt")
-        if beside.exists():
+    for path in sorted(source.rglob("*")):
+        suffix, beside = path.suffix.lower(), path.with_suffix(".txt")
+        if suffix not in SUFFIXES:
+            if suffix != ".txt" and path.is_file():
+                left_out.add(f"{suffix or 'nameless'} file, not taken for an image", path.relative_to(source))
+        elif beside.is_file():
             images[os.fspath(path.relative_to(source))] = Described(
                 [line.strip() for line in read_lines(beside, "your own folder")]
             )

@@ -130,7 +130,9 @@ def shard_key(name: str) -> str:
 
 def keyed_hash(name: str, key: str) -> int:
     """64 bits that depend on the name (and the data set) alone, so that a photograph keeps its place whatever else is there."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8, key=key.encode()[:64]).digest(), "big")
+    # half characters stand for bytes of a file's name that are not UTF-8
+    text, salt = name.encode(errors="surrogatepass"), key.encode(errors="surrogatepass")[:64]
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8, key=salt).digest(), "big")
 
 
 def image_extension(data: bytes) -> str:
@@ -163,7 +165,8 @@ def write_splits(
     """Write the shards and reference files of all splits under `out`, print the account, and return what each split holds.
 
     Photographs without a caption or question, without a file or with an unreadable one are left out and counted. `missing` names the download that
-    holds the photographs. A split of an earlier run that now is empty is removed, so that no photograph stays behind in a split it has left.
+    holds the photographs. A split of an earlier run that now is empty is removed, so that no photograph stays behind in a split it has left: one
+    that is named in `splits` whatever its source, as it would be replaced, another where it is of the same source.
     """
     _check_keys(splits)
     written: dict[str, list[Photograph]] = {}
@@ -182,9 +185,10 @@ def write_splits(
             )
     for split in SPLITS:
         if not written[split]:
-            _remove_earlier(out / split, source)
+            _remove_earlier(out / split, None if split in splits else source)
         write_references(out, split, written[split])
-    sys.stdout.write(_account(out, written, left_out) + "\n")
+    account = _account(out, written, left_out)
+    sys.stdout.write(account.encode(errors="backslashreplace").decode() + "\n")  # no terminal takes half characters
     return written
 
 
@@ -212,8 +216,11 @@ def _write_split(
         try:
             data = photograph.path.read_bytes()
             extension = image_extension(data)
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no file can have this name
             left_out.add("listed photograph that is not in the folder", photograph.path.name)
+            continue
+        except (IsADirectoryError, PermissionError):
+            left_out.add("photograph that cannot be read", photograph.path.name)
             continue
         except BadImage as error:
             left_out.add(str(error), photograph.path.name)
@@ -246,18 +253,20 @@ def _check_keys(splits: Mapping[str, Sequence[Photograph]]) -> None:
                 seen[name] = (photograph.path.name, split)
 
 
-def _remove_earlier(folder: Path, source: str) -> None:
-    """Remove the shards that an earlier run wrote for a split that now is empty; whatever else lies there stays."""
+def _remove_earlier(folder: Path, source: str | None) -> None:
+    """Remove the shards that an earlier run wrote, of this source or of any, for a split that now is empty; whatever else lies there stays."""
     from vlm.data.shards import MADE_BY
 
     try:
-        index = json.loads((folder / "index.json").read_text())
-        if index["source"] != source or index["made_by"] != MADE_BY:
+        index = json.loads((folder / "index.json").read_bytes())
+        if index["made_by"] != MADE_BY or source not in (None, index["source"]):
             return
+        listed = {shard["name"] for shard in index["shards"]}
     except (OSError, ValueError, KeyError, TypeError):
         return
-    for shard in index["shards"]:
-        (folder / shard["name"]).unlink(missing_ok=True)
+    for tar in folder.glob("*.tar"):
+        if tar.name in listed:
+            tar.unlink()
     (folder / "index.json").unlink()
     if not any(folder.iterdir()):
         folder.rmdir()
