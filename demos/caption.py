@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vlm.predictor import Predictor
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
+SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
+SUFFIXES |= {".heic", ".heif"}  # not read, but an iPhone's photographs must be named as such, not passed over
 MODEL = Path(__file__).parent / "model"
 POLICY = ("temperature", "top_k", "top_p")
 

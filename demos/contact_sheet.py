@@ -71,7 +71,7 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
     """The images in a grid, captions above, questions below.
 
     Raises:
-        UserError: matplotlib is not installed.
+        UserError: matplotlib is not installed, an image cannot be used, or the picture cannot be written.
     """
     from vlm.errors import UserError
 
@@ -92,7 +92,7 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
         axis.axis("off")
     for axis, row in zip(axes.flat, rows, strict=False):
         axis.imshow(decode_image(row["path"]))
-        axis.set_title("\n".join(textwrap.wrap(row["caption"], 36)), fontsize=10)
+        axis.set_title("\n".join(textwrap.wrap(_drawable(row["caption"]), 36)), fontsize=10, parse_math=False)
         for number, (question, answer, right) in enumerate(row["answers"]):
             colour = "darkgreen" if answer == right else "firebrick"
             axis.text(
@@ -103,9 +103,22 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
                 fontsize=9,
                 color=colour,
                 va="top",
+                parse_math=False,  # a $ is a $
             )
-    figure.savefig(out, dpi=80)
-    pyplot.close(figure)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=80)
+    except (OSError, ValueError) as error:  # ValueError: a format that matplotlib does not know
+        raise UserError(
+            f"{out}: the picture cannot be written ({error}); give --out NAME.png in a folder that you may write."
+        ) from None
+    finally:
+        pyplot.close(figure)
+
+
+def _drawable(text: str) -> str:
+    """With ? for half characters, which stand for bytes of a file's name that are not UTF-8: matplotlib does not draw them."""
+    return text.encode(errors="replace").decode()
 
 
 if __name__ == "__main__":

@@ -62,6 +62,16 @@ def test_half_in_small_files(make: Callable[..., Path], tmp_path: Path, capsys: 
         torch.testing.assert_close(tensor, before[name], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", ["0", "-1", "inf", "nan"])
+def test_files_of_no_size_are_refused(
+    make: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str
+) -> None:
+    out = tmp_path / "out"
+    assert main(["export", str(make("run", 1)), "--out", str(out), "--max-file-mib", size]) == 2
+    assert capsys.readouterr().err == f"vlm: --max-file-mib {size}: give a finite number above 0, such as 5120.\n"
+    assert not out.exists()
+
+
 def test_what_does_not_belong_together_is_refused(make: Callable[..., Path], tmp_path: Path) -> None:
     one = make("one", 1)
     with pytest.raises(CheckpointError, match=r"wide is another model than .*one: \d+ tensors differ"):

@@ -77,7 +77,7 @@ def test_an_unknown_key_names_the_nearest(write: WriteYaml, text: str, hint: str
         ("task: painting", ("task = 'painting'", "'pretraining', 'captioning' or 'vqa'")),
         ("model: 5", ("model = 5",)),
         ("data:", ("data = None",)),
-        ("data: {splits: {train: folder}}", ("data.splits.train = 'folder'", "tuple")),
+        ("data: {splits: {train: folder}}", ("data.splits.train = 'folder'", "expected a list, e.g. [folder].")),
         ("data: {crop_scale: [0.5]}", ("data.crop_scale",)),
         ("optimizer: {lr_factors: {image_encoder: slow}}", ("optimizer.lr_factors.image_encoder = 'slow'",)),
         ("out: [runs]", ("out = ['runs']", "string")),

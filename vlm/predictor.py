@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -198,29 +198,25 @@ class Predictor:
     def rerank(self, images: Sequence[ImageLike], text: str, batch_size: int = 16) -> list[float]:
         """How well each image goes with the text, looked at again by cross-attention: log ratios, higher is better, comparable among these images.
 
-        To the embeddings' similarity comes what the matching head says or, of a checkpoint without one, the likelihood of the text as the image's
-        caption (see `vlm.tasks.reranking.rerank`).
+        To the embeddings' similarity comes what the matching head says or, without one, the likelihood of the caption (vlm.tasks.reranking).
 
         Raises:
             BadImage: an image cannot be used. CheckpointError: the checkpoint has no contrastive head, or neither of the others.
         """
-        from vlm.tasks.reranking import join_texts, rerank
+        from vlm.tasks.reranking import By, join_texts, rerank
 
         wanted = self.embed_texts([text])
-        by: Literal["matching", "captioning"] = "matching"
-        prompt = self._text_prompt
-        if "matching" not in self.model.config.heads:
-            self._need("language", "look at images again")
-            by, prompt = "captioning", self.prompt
+        matching = "matching" in self.model.config.heads
+        self._need("matching" if matching else "language", "look at images again")
         found = [self.model.encode_image(batch) for batch in self._batches(images, batch_size)]
         if not found:
             return []
         similarity = torch.cat([features.embedding.float().cpu() for features in found]) @ wanted.T.float()
-        encoded = self.tokenizer.encode_with_prompt(prompt, clean_caption(text), self.max_tokens)
-        texts = join_texts([encoded], self.tokenizer.pad_id, self.model.device)
-        tokens = torch.cat([features.tokens for features in found])
-        scores: list[float] = rerank(self.model, tokens, texts, similarity.numpy(), len(tokens), by)[:, 0].tolist()
-        return scores
+        before = self._text_prompt if matching else self.prompt
+        encoded = self.tokenizer.encode_with_prompt(before, clean_caption(text), self.max_tokens)
+        texts, tokens = join_texts([encoded], self.tokenizer.pad_id, self.model.device), [f.tokens for f in found]
+        by: By = "matching" if matching else "captioning"
+        return rerank(self.model, torch.cat(tokens), texts, similarity.numpy(), len(similarity), by)[:, 0].tolist()  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def embed_images(self, images: Sequence[ImageLike], batch_size: int = 16) -> Tensor:

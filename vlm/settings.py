@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from vlm.config import Config
 from vlm.errors import ConfigError
 from vlm.settings_check import check
@@ -40,14 +42,32 @@ def config_from_dict(values: dict[str, Any], source: str) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{source}: {key} = {first['input']!r}: {first['msg']}.") from None
+        said = _list_wanted(first["input"]) if first["type"] == "tuple_type" else first["msg"]
+        raise ConfigError(f"{source}: {key} = {first['input']!r}: {said}.") from None
 
 
 def config_to_yaml(config: Config) -> str:
     """YAML that `load_config` reads back to an equal `Config`."""
-    import yaml
-
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice in one mapping, which YAML forbids and PyYAML lets pass: the first would be lost unsaid."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Looked at here, and not where values are made: there merge keys (`<<`) have brought in what may well be given again."""
+        node = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            line, name = key.start_mark.line + 1, (key.tag, key.value)
+            if name in first:
+                raise ConfigError(
+                    f"{self.name}: line {line}: {key.value} is given again, first in line {first[name]}; only one would count: make them one."
+                )
+            first[name] = line
+        return node
 
 
 def _read_with_base(path: Path) -> dict[str, Any]:
@@ -62,10 +82,9 @@ def _read_with_base(path: Path) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
     try:
-        values = yaml.safe_load(path.read_text())
+        with path.open() as file:
+            values = yaml.load(file, _Loader)
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = (
@@ -99,6 +118,11 @@ def _refuse_unknown_keys(values: dict[str, Any], kind: Any, source: str, prefix:
             raise ConfigError(f"{source}: unknown setting {prefix}{key}; {hint}")
         if dataclasses.is_dataclass(types[key]) and isinstance(value, dict):
             _refuse_unknown_keys(value, types[key], source, f"{prefix}{key}.")
+
+
+def _list_wanted(given: Any) -> str:
+    """What pydantic calls a tuple, which YAML does not have."""
+    return f"expected a list, e.g. [{given}]" if isinstance(given, str) else "expected a list"
 
 
 def _nearest(key: str, types: dict[str, Any], prefix: str) -> str:

@@ -261,6 +261,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([*command, "--near-duplicates"]) == 0
     assert capsys.readouterr().out.startswith(f"{out}: 6 of 7 records and 10 of 11 captions kept\n")
     assert json.loads((out / "report.json").read_text())["settings"] == {"stop": ["stock photo"], "near_duplicates": 6}
-    for scored in (["--worst", "0.1"], ["--min-score", "0.1"]):
+    for scored in (["--worst", "0.1"], ["--min-score", "0.1"], ["--by", "matching"], ["--by", "similarity"]):
         assert main([*command, *scored]) == 2
         assert "--model" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from vlm.predictor import Predictor
 
@@ -103,6 +104,33 @@ def test_the_draw_and_the_prompt_are_the_users(demo: Demo, model: Path, pictures
     assert prompted == [s.text for s in predictor.caption(pictures, prompt="a red circle")]
     assert prompted != demo("caption", *pictures, "--model", model).out
     assert "temperature=0.0" in refused(demo, *pictures, "--model", model, "--sample", "--temperature", 0, status=2)
+
+
+def test_seeds_and_temperatures_that_cannot_be_drawn_with(demo: Demo, model: Path, pictures: list[Path]) -> None:
+    def said(*options: object) -> str:
+        return refused(demo, *pictures, "--model", model, "--sample", *options, status=2)
+
+    for value in ("nan", "inf"):
+        assert f"temperature={value}" in said("--temperature", value)
+    for seed in (2**64, -(2**63) - 1, 10**23):
+        assert f"seed={seed}: give a whole number from -9223372036854775808 to 18446744073709551615" in said(
+            "--seed", seed
+        )
+    for seed in (2**64 - 1, -(2**63)):
+        assert demo("caption", pictures[0], "--model", model, "--sample", "--seed", seed).status == 0
+
+
+def test_a_telephones_folder_is_not_passed_over(demo: Demo, model: Path, pictures: list[Path]) -> None:
+    heic = pictures[0].with_name("IMG_1.HEIC")
+    heic.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    heif = shutil.copy(heic, heic.with_name("IMG_2.heif"))
+    with Image.open(pictures[1]) as image:
+        image.save(pictures[0].with_name("z.jfif"), "JPEG")
+    done = demo("caption", pictures[0].parent, "--model", model)
+    assert (done.status, len(done.out), len(done.err)) == (1, 7, 2)
+    assert [bool(line) for line in done.out] == [False, False, True, True, True, True, True]
+    for line, path in zip(done.err, (heic, heif), strict=True):
+        assert line.startswith(f"caption: {path}: ")
 
 
 def test_every_kind_of_image_works(demo: Demo, model: Path, odd_pictures: list[Path]) -> None:

@@ -61,8 +61,8 @@ def test_rows_taken_in_parts_and_any_order_give_the_same(monkeypatch):
     [
         (np.zeros((2, 3)), [1, 2, 3], [1, 2], (1,), r"similarity has shape \(2, 3\), image_ids \(3,\)"),
         (np.zeros((0, 0)), [], [], (1,), "not empty"),
-        (np.zeros((2, 1)), [1, 2], [1], (1,), "the image with id .*2.* has no text"),
-        (np.zeros((1, 2)), [1], [1, 2], (1,), "the text with id .*2.* has no image"),
+        (np.zeros((2, 1)), [1, 2], [1], (1,), "the image with id 2 has no text"),
+        (np.zeros((1, 2)), [1], [1, 2], (1,), "the text with id 2 has no image"),
         (np.full((1, 1), np.nan), [1], [1], (1,), "NaN in image rows 0 to 0"),
         (np.zeros((1, 1)), [1], [1], (0,), "numbers of 1 and above"),
     ],

@@ -76,9 +76,16 @@ def test_policies_are_transformers_warpers(settings: dict[str, Any]) -> None:
     torch.testing.assert_close(policy.log_probabilities(scores), expected.log_softmax(1), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"temperature": value} for value in (0.0, -1.0, math.inf, math.nan)),
+        {"top_k": -1},
+        *({"top_p": value} for value in (0.0, 1.1, math.nan)),
+    ],
+)
 def test_wrong_policies_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="give temperature > 0, top_k >= 0 and 0 < top_p <= 1"):
+    with pytest.raises(ConfigError, match="give 0 < temperature < inf, top_k >= 0 and 0 < top_p <= 1"):
         Policy(**settings)
 
 

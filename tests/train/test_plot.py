@@ -141,6 +141,18 @@ def test_what_is_a_curve() -> None:
     assert found == {("x", "CIDEr"): ([5], [40.0])}
 
 
+def test_damaged_lines_are_passed_over(write_run: Callable[..., Path]) -> None:
+    run = write_run("a")
+    whole = read_run(run)
+    damaged = [3, None, [1], "train", {}, {"kind": "evaluation", "step": 30}]
+    damaged += [{"kind": kind} for kind in ("train", "evaluation", "skipped")]
+    damaged += [{"kind": "evaluation", "step": 30, "scores": None}]
+    log = run / "log.jsonl"
+    log.write_text("".join(json.dumps(line) + "\n" for line in damaged) + log.read_text())
+    assert read_run(run) == whole
+    assert plot_runs([run]).exists()
+
+
 def test_without_a_log_it_says_so(
     write_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

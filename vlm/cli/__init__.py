@@ -4,6 +4,7 @@ Exit status: 0 done; 1 something stopped the work; 2 unusable arguments or confi
 """
 
 import argparse
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -157,6 +158,8 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _export(arguments: argparse.Namespace, _: list[str]) -> int:
+    if not 0 < arguments.max_file_mib < math.inf:
+        raise ConfigError(f"--max-file-mib {arguments.max_file_mib:g}: give a finite number above 0, such as 5120.")
     if arguments.onnx:
         from vlm.onnx.export import export_onnx
 

@@ -97,8 +97,7 @@ def _add_filter(kinds: Commands) -> None:
     pairs.add_argument(
         "--by",
         choices=["similarity", "matching"],
-        default="similarity",
-        help="the score: similarity of the embeddings, or the matching head's probability (default: %(default)s)",
+        help="the score: similarity of the embeddings, or the matching head's probability (default: similarity)",
     )
     filtered.set_defaults(run=_filter)
 
@@ -202,9 +201,10 @@ def _filter(arguments: argparse.Namespace, _: list[str]) -> int:
         from vlm.predictor import Predictor
 
         predictor = Predictor.load(arguments.model)
-        done = filter_by_model(predictor, shards, arguments.out, rules, arguments.by, arguments.worst)
-    elif arguments.worst is not None:
-        raise ConfigError("--worst needs scores: give a model that compares images and texts with --model.")
+        done = filter_by_model(predictor, shards, arguments.out, rules, arguments.by or "similarity", arguments.worst)
+    elif arguments.worst is not None or arguments.by is not None:
+        option = "--by" if arguments.worst is None else "--worst"
+        raise ConfigError(f"{option} needs scores: give a model that compares images and texts with --model.")
     else:
         done = filter_shards(shards, arguments.out, rules)
     _say(f"{arguments.out}: {done}")

@@ -202,7 +202,7 @@ def _count(file: Path) -> int:
     stats = file.with_name(f"{file.stem}_stats.json")
     if stats.exists():
         try:
-            return int(json.loads(stats.read_text())["successes"])
+            return _shard_info(file.name, json.loads(stats.read_text())["successes"], 0).samples
         except (ValueError, KeyError, TypeError):
             log.warning("%s cannot be used; counting the records of %s instead", stats, file.name)
     try:
@@ -303,17 +303,6 @@ def _stats(before: str, after: str, names: list[str], cache: CacheConfig) -> Ite
 
     with ThreadPoolExecutor(16) as pool:
         yield from pool.map(read, names)
-
-
-def room_wanted(sets: Sequence[ShardSet], streams: int, block: int) -> float:
-    """Bytes of the remote shards that so many streams read at one time, in blocks of so many records; at most all of them."""
-    remote = [s for s in sets if is_remote(s.root)]
-    shards = [shard for s in remote for shard in s.shards]
-    if not shards:
-        return 0.0
-    whole, samples = sum(s.bytes for s in shards), sum(s.samples for s in remote)
-    a_block = 1 + block * len(shards) / max(samples, 1)  # a block lies in so many shards
-    return min(whole, streams * a_block * whole / len(shards))
 
 
 def _fitting(shards: ShardSet) -> ShardSet:

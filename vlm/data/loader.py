@@ -25,10 +25,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vlm.data.batch import Batch
 from vlm.data.collate import SampleEncoder, collate
-from vlm.data.index import room_wanted
 from vlm.data.order import EpochOrder, batch_places, check_split, epoch_samples, worker_places
 from vlm.data.reading import Order, SampleSource, Slot
-from vlm.data.remote import limit
+from vlm.data.remote import is_remote, limit
 from vlm.data.resampled import NO_PROMISE, UNCHECKED, ResampledOrder
 from vlm.data.shards import ShardSet
 from vlm.errors import UserError
@@ -269,3 +268,14 @@ def _obey(main: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
         pass
     os._exit(0)
+
+
+def room_wanted(sets: Sequence[ShardSet], streams: int, block: int) -> float:
+    """Bytes of the remote shards that so many streams read at one time, in blocks of so many records; at most all of them."""
+    remote = [s for s in sets if is_remote(s.root)]
+    shards = [shard for s in remote for shard in s.shards]
+    if not shards:
+        return 0.0
+    whole, samples = sum(s.bytes for s in shards), sum(s.samples for s in remote)
+    a_block = 1 + block * len(shards) / max(samples, 1)  # a block lies in so many shards
+    return min(whole, streams * a_block * whole / len(shards))

@@ -24,6 +24,7 @@ from vlm.data.headers import Member, plain_members
 from vlm.data.prefetch import Prefetcher
 from vlm.data.questions import read_questions
 from vlm.data.remote import RemoteShard, UnreadableShard
+from vlm.data.whole_texts import texts_are_whole
 from vlm.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -124,21 +125,6 @@ def _parse_json(name: str, data: bytes) -> dict[str, Any]:
     if "\\ud" in text.lower() and not texts_are_whole(text):
         raise BadRecord("not UTF-8", f"{name}: its .json holds an unpaired surrogate.")
     return fields
-
-
-def texts_are_whole(text: str) -> bool:
-    """Whether no text in this JSON holds half of an escaped pair, which is no character: tokenizers and files would refuse it later."""
-    try:
-        json.dumps(json.loads(text, object_hook=_without_names), ensure_ascii=False).encode()
-        json.dumps(json.loads(text), ensure_ascii=False).encode(errors="surrogateescape")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _without_names(fields: dict[str, Any]) -> dict[str, Any]:
-    """Names may be those of files, whose bytes that are not UTF-8 are half characters."""
-    return {key: value for key, value in fields.items() if key not in ("image_id", "question_id")}
 
 
 def member_key(name: str) -> tuple[str, str] | None:

@@ -12,7 +12,8 @@ import webdataset
 
 from vlm.data.index import MADE_BY, REPLACING, ShardInfo, ShardSet, index_content, is_ours, load_index, write_index
 from vlm.data.places import check_source
-from vlm.data.records import IMAGE_EXTENSIONS, BadRecord, Record, ShardReader, image_hash, texts_are_whole
+from vlm.data.records import IMAGE_EXTENSIONS, BadRecord, Record, ShardReader, image_hash
+from vlm.data.whole_texts import texts_are_whole
 from vlm.errors import UserError
 from vlm.files import write_json
 

@@ -73,7 +73,7 @@ def _ranks(scores: NDArray, queries: NDArray, results: NDArray, query: str, resu
             raise ValueError(f"similarity holds a NaN in {query} rows {start} to {start + len(part) - 1}.")
         right = queries[rows, None] == results[None, :]
         if not right.any(axis=1).all():
-            alone = queries[rows][~right.any(axis=1)][0]
+            alone = queries[rows][~right.any(axis=1)].tolist()[0]
             raise ValueError(f"the {query} with id {alone!r} has no {result} with that id; leave it out.")
         lowest = -np.inf if np.issubdtype(part.dtype, np.floating) else np.iinfo(part.dtype).min
         best = np.where(right, part, lowest).max(axis=1, keepdims=True)

@@ -121,7 +121,7 @@ def score_retrieval(similarity: Path | str, images_of_texts: Path | str | None =
     """Recall in percent at 1, 5 and 10 both ways (`RetrievalScores.named`) of a matrix, an image a row, a text a column; and how many of each.
 
     images_of_texts: a JSON list, the row of each text's image; without it every image has equally many texts, one image's after the other's (COCO's
-    and Flickr30k's: five). Raises UserError for another form, shapes that do not fit, a NaN, and an image or text without a right answer.
+    and Flickr30k's: five). Raises UserError for another form, shapes or rows that do not fit, a NaN, and an image without a text.
     """
     scores = _matrix(similarity)
     images, texts = scores.shape
@@ -132,6 +132,10 @@ def score_retrieval(similarity: Path | str, images_of_texts: Path | str | None =
         if len(owners) != texts:
             raise UserError(
                 f"{images_of_texts}: {len(owners)} rows for the {texts} texts of {similarity}; give one each."
+            )
+        if beyond := [row for row in owners if not 0 <= row < images]:
+            raise UserError(
+                f"{images_of_texts}: {listed(beyond, 'row')} outside the {images} images of {similarity}; rows count from 0: give 0 to {images - 1}."
             )
     elif texts % images:
         raise UserError(

@@ -25,10 +25,10 @@ class Policy:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        if not 0 < self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ConfigError(
                 f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}: "
-                "give temperature > 0, top_k >= 0 and 0 < top_p <= 1."
+                "give 0 < temperature < inf, top_k >= 0 and 0 < top_p <= 1."
             )
 
     @property

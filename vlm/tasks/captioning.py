@@ -71,7 +71,13 @@ def draw_captions(
     count: int,
     seed: int,
 ) -> list[list[Generated]]:
-    """`count` captions for each row of the images' decoder memory, drawn from `seed`; several are all different."""
+    """`count` captions for each row of the images' decoder memory, drawn from `seed`; several are all different.
+
+    Raises:
+        ConfigError: a seed that torch does not take, or an unusable policy or count.
+    """
+    if not -(2**63) <= seed < 2**64:
+        raise ConfigError(f"seed={seed}: give a whole number from {-(2**63)} to {2**64 - 1}, which torch takes.")
     ids, rules = caption_start(model, tokenizer, prompt, len(memory)), generation_rules(settings, tokenizer)
     policy = Policy(temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p)
     # One generator for each image, so that its captions depend on nothing but itself and the seed.

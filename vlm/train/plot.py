@@ -147,18 +147,19 @@ def titles(runs: Sequence[Path]) -> list[str]:
 
 
 def read_run(run: Path) -> Log:
-    """What a run's log holds.
+    """What a run's log holds; damaged lines are passed over, as those that are cut short.
 
     Raises:
         UserError: no training steps.
     """
-    lines = read_json_lines(run / "log.jsonl")
+    lines = [line for line in read_json_lines(run / "log.jsonl") if "step" in line]
     by_kind = {
         kind: [line for line in lines if line.get("kind") == kind] for kind in ("train", "evaluation", "skipped")
     }
     if not by_kind["train"]:
         raise UserError(f"{run}: no log.jsonl with training steps; give the folder that --out named.")
-    return Log(by_kind["train"], by_kind["evaluation"], [line["step"] for line in by_kind["skipped"]])
+    evaluations = [line for line in by_kind["evaluation"] if isinstance(line.get("scores"), dict)]
+    return Log(by_kind["train"], evaluations, [line["step"] for line in by_kind["skipped"]])
 
 
 def loss_names(train: Sequence[dict[str, Any]]) -> list[str]:
