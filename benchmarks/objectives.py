@@ -200,18 +200,24 @@ def retrieve(file: str, checkpoint: str, folder: Path, settings: Sequence[str], 
     import torch
 
     from vlm.build import build_parts, build_task, evaluation_loader, load_sets
+    from vlm.config import RetrievalConfig
     from vlm.settings import load_config
+    from vlm.tasks.pretraining import Pretraining
     from vlm.tasks.reranking import join_texts
     from vlm.tasks.reranking import rerank as look_again
     from vlm.train import distributed
 
-    wanted = ["--init-from", checkpoint, "--data.workers", "0", "--retrieval.rerank", str(CANDIDATES), *settings]
+    wanted = ["--init-from", checkpoint, "--data.workers", "0", *settings]
     config = load_config(file, [*wanted, "--data.splits.val", f"{folder}/val"])
     sets = load_sets(config.data.splits.val, "data.splits.val")
     parts = build_parts(config, sets)
     ranks = distributed.start()
     try:
         task = build_task(parts.config, parts).to(ranks.device).eval()
+        assert isinstance(task, Pretraining)
+        task.retrieval = RetrievalConfig(
+            rerank=CANDIDATES
+        )  # its records then hold tokens and token ids, with a matching head or without
         batches = evaluation_loader(config, parts, sets[0], ranks).iterate(0)
         records = [record for batch in batches for record in task.predict(batch.to(ranks.device))]
         similarity = np.stack([r["image"] for r in records]) @ np.concatenate([r["texts"] for r in records]).T
