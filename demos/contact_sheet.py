@@ -83,6 +83,7 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
     from matplotlib import pyplot
 
     from vlm.data.images import decode_image
+    from vlm.files import write_figure
 
     lines = -(-len(rows) // COLUMNS)
     figure, axes = pyplot.subplots(
@@ -105,15 +106,8 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
                 va="top",
                 parse_math=False,  # a $ is a $
             )
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out, dpi=80)
-    except (OSError, ValueError) as error:  # ValueError: a format that matplotlib does not know
-        raise UserError(
-            f"{out}: the picture cannot be written ({error}); give --out NAME.png in a folder that you may write."
-        ) from None
-    finally:
-        pyplot.close(figure)
+    write_figure(figure, out, dpi=80)
+    pyplot.close(figure)
 
 
 def _drawable(text: str) -> str:

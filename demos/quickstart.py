@@ -227,6 +227,7 @@ def draw(out: Path, images: list[Path], captions: list[str]) -> Path:
 
     from vlm.data.index import load_index
     from vlm.data.scan import scan
+    from vlm.files import write_figure
     from vlm.train.plot import loss_names, points, read_run
 
     questions = {record.key: record.questions for record in scan([load_index(out / "scenes/val")])}
@@ -251,7 +252,7 @@ def draw(out: Path, images: list[Path], captions: list[str]) -> Path:
             fontsize=9,
         )
     target = out / "quickstart.png"
-    figure.savefig(target, dpi=90)
+    write_figure(figure, target, dpi=90)
     pyplot.close(figure)
     return target
 

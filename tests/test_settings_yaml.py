@@ -13,6 +13,14 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "config.yaml"
 
 
+def refused(path: Path, text: str) -> str:
+    """What is said of a file with this text."""
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    return str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -24,11 +32,9 @@ def path(tmp_path: Path) -> Path:
     ],
 )
 def test_a_key_given_twice_is_refused_with_its_lines(path: Path, text: str, said: str) -> None:
-    path.write_text(text)
-    with pytest.raises(ConfigError) as caught:
-        load_config(path)
-    assert str(caught.value).startswith(f"{path}: {said}")
-    assert "\n" not in str(caught.value)
+    message = refused(path, text)
+    assert message.startswith(f"{path}: {said}")
+    assert "\n" not in message
 
 
 def test_a_base_that_gives_a_key_twice_is_named(path: Path, tmp_path: Path) -> None:
@@ -70,7 +76,4 @@ def test_what_was_merged_may_be_merged_again(path: Path) -> None:
     ],
 )
 def test_a_single_value_where_a_list_is_wanted(path: Path, text: str, said: str) -> None:
-    path.write_text(text)
-    with pytest.raises(ConfigError) as caught:
-        load_config(path)
-    assert str(caught.value) == f"{path}: {said}"
+    assert refused(path, text) == f"{path}: {said}"

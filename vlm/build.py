@@ -262,18 +262,16 @@ def build_task(config: Config, parts: Parts, answers: Sequence[str] = (), sets: 
     Raises:
         ConfigError: its parts do not fit together.
     """
-    objectives = config.objectives
-    pretrained = max(objectives.captioning, objectives.answering, objectives.self_critical) > 0
-    captions = config.task == "captioning" or (config.task == "pretraining" and pretrained)
-    if captions and parts.model.decoder is not None and parts.model.config.decoder_reads == "question":
+    objectives, pretraining = config.objectives, config.task == "pretraining"
+    captions = config.task == "captioning" or (pretraining and max(objectives.captioning, objectives.self_critical) > 0)
+    speaks = captions or (pretraining and objectives.answering > 0)
+    if speaks and parts.model.decoder is not None and parts.model.config.decoder_reads == "question":
         raise ConfigError(
             "captions need a decoder that reads the image; set model.decoder=separate and model.decoder_reads=image."
         )
-    if config.task == "captioning" or (
-        config.task == "pretraining" and max(objectives.captioning, objectives.self_critical) > 0
-    ):
+    if captions:
         _check_caption_room(config, parts)
-    if config.task == "pretraining":
+    if pretraining:
         _check_second_look(config, parts)
     task = TASKS[config.task](config, parts, answers, sets)
     task.blank_images = config.data.blank_images

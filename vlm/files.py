@@ -48,3 +48,16 @@ def replace_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """As `replace_text`."""
     replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_figure(figure: Any, path: Path, dpi: int) -> None:
+    """A figure of matplotlib's as a picture of the kind that the path's ending says, PNG where it has none.
+
+    Raises:
+        UserError: it cannot be written, or matplotlib does not write that kind.
+    """
+    try:
+        with replacing(path) as new:
+            figure.savefig(new, dpi=dpi, format=path.suffix[1:] or "png")
+    except ValueError as error:
+        raise UserError(f"{path}: the picture cannot be written ({error}); give --out NAME.png.") from None

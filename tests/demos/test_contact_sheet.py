@@ -44,17 +44,23 @@ def test_a_folder_for_the_picture_is_made(demo: Demo, model: Path, pictures: lis
     assert (done.status, done.out, out.exists()) == (0, [str(out)], True)
 
 
-@pytest.mark.parametrize("name", ["sheet.foo", "pictures/a.png/sheet.png"])
+@pytest.mark.parametrize(
+    ("name", "said", "mend"),
+    [
+        ("sheet.foo", "the picture cannot be written", "give --out NAME.png"),
+        ("pictures/a.png/sheet.png", "cannot be written", "choose another folder"),
+    ],
+)
 def test_a_picture_that_cannot_be_written_is_one_line(
-    demo: Demo, model: Path, pictures: list[Path], tmp_path: Path, name: str
+    demo: Demo, model: Path, pictures: list[Path], tmp_path: Path, name: str, said: str, mend: str
 ) -> None:
     for done in (
         demo("contact_sheet", pictures[0].parent, "--model", model, "--out", tmp_path / name),
         demo("retrieve", *pictures, "dogs", "--model", model, "--no-cache", "--out", tmp_path / name),
     ):
         assert (done.status, len(done.err)) == (1, 1)
-        assert f"{tmp_path / name}: the picture cannot be written" in done.err[0]
-        assert "give --out NAME.png" in done.err[0]
+        assert f"{tmp_path / name}: {said} (" in done.err[0]
+        assert mend in done.err[0]
 
 
 def test_names_and_words_are_drawn_as_they_are(

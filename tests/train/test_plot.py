@@ -178,8 +178,9 @@ def test_the_command_prints_where_the_picture_is(
     assert out.exists()
     assert main(["plot", str(run), "--out", str(tmp_path / "picture.docx")]) == 1
     assert main(["plot", str(run), "--out", str(run / "log.jsonl" / "picture.png")]) == 1
-    for line in capsys.readouterr().err.splitlines():
-        assert "the picture cannot be written" in line
+    kind, place = capsys.readouterr().err.splitlines()
+    assert "picture.docx: the picture cannot be written" in kind
+    assert "log.jsonl/picture.png: cannot be written" in place
 
 
 def test_a_picture_s_name_may_be_a_folder_or_without_an_ending(write_run: Callable[..., Path], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.errors import UserError
+from vlm.files import write_figure
 from vlm.train.report import read_json_lines
 
 SCORES = ("mean_R@1", "CIDEr", "Bleu_4", "accuracy")
@@ -46,17 +47,10 @@ def plot_runs(runs: Sequence[Path], out: Path | None = None) -> Path:
     if out.is_dir():
         out = out / "curves.png"
     elif not out.suffix:
-        out = out.with_name(f"{out.name}.png")  # as matplotlib would do it unseen
+        out = out.with_name(f"{out.name}.png")
     figure = draw({title: read_run(run) for title, run in zip(titles(runs), runs, strict=True)})
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out, dpi=110)
-    except (OSError, ValueError) as error:  # ValueError: a format that matplotlib does not know
-        raise UserError(
-            f"{out}: the picture cannot be written ({error}); give --out NAME.png in a folder that you may write."
-        ) from None
-    finally:
-        pyplot.close(figure)
+    write_figure(figure, out, dpi=110)
+    pyplot.close(figure)
     return out
 
 
