@@ -46,7 +46,11 @@ def start() -> Ranks:
 def evaluate_loader(
     task: Task, loader: Loader, ranks: Ranks, title: str, images: int | None = None
 ) -> tuple[dict[str, float], list[Record]]:
-    """Scores and records of one set, or of about its first `images` images; each record counted once over all ranks."""
+    """Scores and records of one set, or of about its first `images` images; each record counted once over all ranks.
+
+    Raises:
+        UserError: on every rank, where too many of all their samples cannot be used, or all.
+    """
     records: list[Record] = []
     steps = loader.steps
     if images is not None:
@@ -56,6 +60,7 @@ def evaluate_loader(
         for batch in loader.iterate(0, stop_step=steps):
             records += task.predict(batch.to(ranks.device))
             bar.update()
+    loader.check(ranks.gather)
     # By key, whoever predicted them: scores, and intervals that are drawn, do not depend on the number of ranks.
     # Several tars may have a key in common.
     records = sorted(ranks.gather(records), key=lambda record: (str(record["key"]), str(record.get("image_id"))))

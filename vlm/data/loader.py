@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -46,7 +46,8 @@ class Loader:
     mixture: passes over each set in an epoch (order.py); empty: each record once. declared: records of an epoch whose shards are drawn with
     replacement (resampled.py), which is said in the log; None: each record is read once.
 
-    `bad` counts the bad samples of the present epoch by cause, on this rank. Raises ConfigError where ranks cannot take equal parts, UserError for
+    `bad` counts the bad samples of the present epoch by cause, on this rank. One process stops by itself where they are too many; several have to
+    `check`, as the share of one rank says little. Raises ConfigError where ranks cannot take equal parts, UserError for
     a set that is too small.
     """
 
@@ -74,6 +75,7 @@ class Loader:
         self.declared = declared
         self.samples = sum(epoch_samples(self.sets, self.mixture)) if declared is None else declared
         self.bad: Counter[str] = Counter()
+        self._seen = 0
         self._examples: dict[str, str] = {}
         check_split(self.streams, batch_size, world if training else 1)
         names = ", ".join(s.root for s in self.sets)
@@ -102,29 +104,45 @@ class Loader:
         """This rank's batches of an epoch from step `start_step` on: batch_size / world samples each. stop_step: the first that is not wanted, and
         not read or counted either; None takes all.
 
-        In evaluation a rank's last batches may be smaller, and one that is left without samples is passed over. Raises UserError where more than
-        `max_bad_fraction` of the samples (at least 100) are bad, or all of them.
+        In evaluation a rank's last batches may be smaller, and one that is left without samples is passed over. Raises UserError where no sample can
+        be found to fill a slot with and, in a single process, where more than `max_bad_fraction` of the samples (at least 100) are bad, or all.
         """
         stop_step = self.steps if stop_step is None else stop_step
         if not 0 <= start_step <= stop_step <= self.steps:
             raise ValueError(
                 f"start_step={start_step} and stop_step={stop_step}; expected 0..{self.steps}, the steps of an epoch."
             )
-        self.bad, self._examples = Counter(), {}
+        self.bad, self._seen, self._examples = Counter(), 0, {}
         work = _Steps(
             self._order(epoch),
             *(self.encode, self.batch_size, self.rank, self.world, self.training, start_step, stop_step, self.ahead),
         )
         pin = torch.cuda.is_available()
-        seen = 0
         for slots in self._joined(work):
             filled = self._count(slots)
-            seen += len(slots)
-            self._check(seen, ended=False)
+            self._seen += len(slots)
+            if self.world == 1:
+                self._judge(self._seen, self.bad, self._examples, ended=False)
             samples = [slot.sample for slot in slots if slot.sample is not None]
             if samples:
                 yield collate(samples, self.encode.pad_id, filled, pin)
-        self._check(seen, ended=(start_step, stop_step) == (0, self.steps))
+        if self.world == 1:
+            self._judge(self._seen, self.bad, self._examples, ended=(start_step, stop_step) == (0, self.steps))
+
+    def check(self, gather: Callable[[list[Any]], list[Any]]) -> None:
+        """Whether too many of all ranks' samples of the present epoch are bad, so that the number of ranks decides nothing. Every rank must ask, at
+        the same step; one process has no need to. gather: all ranks' items in one order, on every rank.
+
+        Raises:
+            UserError: on every rank, with the sums.
+        """
+        if self.world == 1:
+            return
+        seen, bad, examples = 0, Counter[str](), dict[str, str]()
+        for here, counts, told in gather([(self._seen, dict(self.bad), self._examples)]):
+            seen, examples = seen + here, told | examples
+            bad.update(counts)
+        self._judge(seen, bad, examples, ended=not self.training)
 
     def _order(self, epoch: int) -> Order:
         plan = self.sets, self.seed, epoch, self.streams
@@ -165,13 +183,14 @@ class Loader:
         self.bad.update(here)
         return dict(here)
 
-    def _check(self, seen: int, ended: bool) -> None:
-        bad = sum(self.bad.values())
-        if (bad > self.max_bad_fraction * seen and seen >= CHECKED_AFTER) or (bad == seen > 0 and ended):
-            causes = ", ".join(f"{count} x {cause}" for cause, count in self.bad.most_common())
+    def _judge(self, seen: int, bad: Counter[str], examples: Mapping[str, str], ended: bool) -> None:
+        """Raises UserError where too many of `seen` samples are bad, or all when the epoch has ended."""
+        count = bad.total()
+        if (count > self.max_bad_fraction * seen and seen >= CHECKED_AFTER) or (count == seen > 0 and ended):
+            causes = ", ".join(f"{n} x {cause}" for cause, n in bad.most_common())
             raise UserError(
-                f"{bad} of {seen} samples cannot be used ({causes}), more than max_bad_fraction={self.max_bad_fraction}. "
-                f"For example: {next(iter(self._examples.values()))} Mend the shards, or raise max_bad_fraction."
+                f"{count} of {seen} samples cannot be used ({causes}), more than max_bad_fraction={self.max_bad_fraction}. "
+                f"For example: {next(iter(examples.values()))} Mend the shards, or raise max_bad_fraction."
             )
 
 

@@ -42,6 +42,10 @@ class TrainingLoader(Protocol):
         """The epoch's batches from one step to before another."""
         ...
 
+    def check(self, gather: Callable[[list[Any]], list[Any]]) -> None:
+        """Raises UserError on all ranks where too many of their samples are bad."""
+        ...
+
 
 class StoppedOnRequest(Exception):
     """SIGTERM, SIGUSR1 or Ctrl-C: the state is saved."""
@@ -122,6 +126,7 @@ class Trainer:
             due = last or self.step % every == 0
             if self.step % train.log_every == 0 or last:
                 self._report(clock)
+                self.loader.check(self.ranks.gather)
                 release_freed_memory()  # batches of many sizes leave holes in the heap: it would grow to several times what a step needs
             stopping = self.ranks.any(self.stop.made) and not last
             if due and not stopping:
@@ -140,6 +145,7 @@ class Trainer:
         while True:
             epoch, start = divmod(step, self.epoch_steps)
             yield from self.loader.iterate(epoch, start * accumulate, self.epoch_steps * accumulate)
+            self.loader.check(self.ranks.gather)  # an epoch may end without a line of the log
             step = (epoch + 1) * self.epoch_steps
 
     def _next(self, batches: Iterator[Batch]) -> tuple[list[Batch], float]:
