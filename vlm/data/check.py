@@ -7,7 +7,7 @@ from vlm.data.index import ShardSet
 from vlm.data.records import BadRecord, scan_shard
 from vlm.data.remote import RemoteShard
 from vlm.data.walk import UNDECODABLE, progress, walk
-from vlm.errors import BadImage
+from vlm.errors import BadImage, UserError
 
 EXAMPLES = 3
 
@@ -38,9 +38,15 @@ class Faults:
 
 
 def check(shards: ShardSet) -> Faults:
-    """Faults of the shards (damaged, or not what the index says; local ones only) and of their records, under the causes that training counts."""
+    """Faults of the shards (damaged, or not what the index says; local ones only) and of their records, under the causes that training counts.
+
+    Raises:
+        UserError: there is nothing to check.
+    """
     faults = Faults(shards.samples)
     _check_files(shards, faults)
+    if not shards.samples and not faults.counts:
+        raise UserError(f"{shards.root} holds no records, so there is nothing to check; make or copy its shards anew.")
     for place, record in progress(walk(shards), shards, "decoding"):
         if isinstance(record, BadRecord):
             faults.add(record.cause, f"{place}: {record}")

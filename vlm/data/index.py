@@ -1,12 +1,13 @@
 """What a folder of shards holds: `index.json` lists name, samples and bytes of each tar.
 
-Read from our own, from img2dataset's `*_stats.json`, or counted from the tars' headers at first use; remote ones are never counted (they would
-have to be downloaded), but the public cc3m and cc12m shards' `_info.json` serves there too.
+Read from our own; at first use from img2dataset's `*_stats.json`, or counted from the tars' headers. Remote ones are never counted (they would have
+to be downloaded), but the public cc3m and cc12m shards' `_info.json` serves there too.
 """
 
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from vlm.config import CacheConfig
+from vlm.data.count import count_records, stated_count
 from vlm.data.places import PATTERN, SHARD, check_source, expand, folder_name, guess_source, remote_place
-from vlm.data.records import Location, scan_shard
+from vlm.data.records import Location
 from vlm.data.remote import RemoteShard, is_remote, limit, read_small
 from vlm.data.transport import Interrupted, Refused
 from vlm.errors import ConfigError, UserError
@@ -79,11 +81,12 @@ def load_index(path: str | Path, cache: CacheConfig | None = None) -> ShardSet:
         return _fitting(_load_given(Path(path), cache))
     names = None
     folder = Path(path)
-    if text.endswith(".tar"):
+    if text.endswith(".tar") and not folder.is_dir():
         files = [Path(p) for p in expand(text, text)]
         folder, names = files[0].parent, [f.name for f in files]
         if any(f.parent != folder for f in files):
             raise UserError(f"{text} spans several folders; give one pattern for each.")
+        _once(names, text)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected shards (*.tar). Make them with datasets/NAME/prepare.py.")
     if (folder / REPLACING).exists():
@@ -128,7 +131,7 @@ def _warn_of_changed(folder: Path, shards: Sequence[ShardInfo]) -> None:
 def list_shards(path: str | Path, cache: CacheConfig | None = None) -> ShardSet:
     """As `load_index`; but the shards of a remote brace pattern are taken as it names them, not counted, and no index is looked for."""
     text = str(path)
-    names = [name for found in PATTERN.findall(text) for name in expand(found, text)] if is_remote(text) else []
+    names = _once([n for found in PATTERN.findall(text) for n in expand(found, text)], text) if is_remote(text) else []
     if not names:
         return load_index(path, cache)
     root, shards = remote_place(text)[0], tuple(ShardInfo(n, 0, 0) for n in names)
@@ -146,7 +149,7 @@ def write_index(folder: str | Path, source: str | None = None) -> ShardSet:
         check_source(source)
     present = sorted(p.name for p in folder.glob("*.tar"))
     ours = is_ours(folder, present)
-    found = _index_folder(folder, present)
+    found = _index_folder(folder, present, anew=True)
     try:
         before = _parse_index(found.root, (folder / "index.json").read_bytes())
         found = replace(found, source=before.source, guessed=before.guessed)
@@ -186,7 +189,8 @@ def _write(found: ShardSet, more: dict[str, Any]) -> None:
     write_json(Path(found.root) / "index.json", content)
 
 
-def _index_folder(folder: Path, names: Sequence[str]) -> ShardSet:
+def _index_folder(folder: Path, names: Sequence[str], anew: bool = False) -> ShardSet:
+    """Of these tars. anew: by their headers, whatever is written beside them."""
     if not names:
         raise UserError(f"{folder} holds no shards (*.tar). Make them with datasets/NAME/prepare.py.")
     shards = []
@@ -194,24 +198,16 @@ def _index_folder(folder: Path, names: Sequence[str]) -> ShardSet:
         file = folder / name
         if not file.is_file():
             raise UserError(f"{file} is no file; correct the pattern or copy the shard there.")
-        shards.append(ShardInfo(name, _count(file), file.stat().st_size))
+        stated = None if anew else stated_count(file)
+        shards.append(ShardInfo(name, count_records(file) if stated is None else stated, file.stat().st_size))
     return ShardSet(str(folder), guess_source(str(folder)), tuple(shards), guessed=True)
 
 
-def _count(file: Path) -> int:
-    stats = file.with_name(f"{file.stem}_stats.json")
-    if stats.exists():
-        try:
-            return _shard_info(file.name, json.loads(stats.read_text())["successes"], 0).samples
-        except (ValueError, KeyError, TypeError):
-            log.warning("%s cannot be used; counting the records of %s instead", stats, file.name)
-    try:
-        offsets, damage = scan_shard(file)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror or error}.") from None
-    if damage:
-        log.warning("%s is damaged (%s): its %d whole records are used", file, damage, len(offsets) - 1)
-    return len(offsets) - 1
+def _once(names: list[str], text: str) -> list[str]:
+    """The shards that a pattern names. Raises ConfigError where one would be read twice."""
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ConfigError(f"{text} names {twice[0]} twice, so its records would be read twice; name each shard once.")
+    return names
 
 
 def index_content(source: str, shards: Sequence[ShardInfo]) -> dict[str, Any]:
@@ -257,6 +253,7 @@ def _load_given(path: Path, cache: CacheConfig) -> ShardSet:
 def _load_remote(text: str, cache: CacheConfig) -> ShardSet:
     """The shards of an address or command. Names that are read from it are used in addresses only: a command takes those of its own pattern."""
     root, before, after, names = remote_place(text)
+    _once(names or [], text)
     try:
         known = _remote_index(before, after, root, names, cache)
     except (Refused, Interrupted, ValueError, KeyError, TypeError) as error:
