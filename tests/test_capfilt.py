@@ -112,7 +112,7 @@ def test_images_without_a_text_get_one(shards: ShardSet, tmp_path: Path) -> None
     bare = load_index(tmp_path / "bare")
     assert list(scan([bare])) == [], "training has no use for them"
     done = caption(Speaker(["a caption"]), bare, tmp_path / "out")
-    assert (done.images, done.bad, done.bare) == (4, 0, 1)
+    assert (done.images, done.bad, done.undecodable, done.bare) == (4, {}, 1, 1)
     assert str(done).endswith("; 1 images left out, which have no text")
     found = list(scan([load_index(tmp_path / "out")]))
     assert [(r.image, r.captions, r.synthetic) for r in found] == [(i, ["a caption"], ["a caption"]) for i in images]
@@ -195,7 +195,8 @@ def test_bad_images_and_records(shards: ShardSet, tmp_path: Path) -> None:
     head = Path(shards.root) / "shard-000000.tar"
     head.write_bytes(head.read_bytes().replace(b'{"questions"', b'["questions"', 1))
     done = caption(Speaker(["good one"]), load_index(shards.root), tmp_path / "out", below=9)
-    assert (done.images, done.bad, done.added) == (3, 1, 2)
+    assert (done.images, done.bad, done.undecodable, done.added) == (3, {"broken json": 1}, 1, 2)
+    assert str(done).endswith("; 1 images cannot be decoded and got none; unusable records left out: 1 broken json")
     assert [len(r.captions) for r in scan([load_index(tmp_path / "out")])] == [2, 2, 4]
 
 
@@ -206,7 +207,7 @@ def test_unusable_settings_and_data(shards: ShardSet, checkpoint: Callable[..., 
     (record,) = list(scan([shards]))[:1]
     with ShardWriter(tmp_path / "none", "toy") as writer:
         writer.write(record.key, record.image, "png", (), record.questions)
-    with pytest.raises(UserError, match="no image has a caption"):
+    with pytest.raises(UserError, match="no image that can be decoded has a caption"):
         caption(Speaker(["good"]), load_index(tmp_path / "none"), tmp_path / "out", quantile=0.5)
     with pytest.raises(ConfigError, match="never changed in place"):
         caption(Speaker(["good"]), shards, Path(shards.root))

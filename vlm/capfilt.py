@@ -5,7 +5,8 @@
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from vlm.data.images import decode_image
 from vlm.data.index import ShardSet
 from vlm.data.records import BadRecord, Record
 from vlm.data.text import clean_caption
-from vlm.data.walk import Found, copy, progress, rewriting, walk
+from vlm.data.walk import UNDECODABLE, Found, copy, progress, rewriting, walk
 from vlm.errors import BadImage, ConfigError, UserError
 from vlm.predictor import Predictor
 from vlm.work_log import WorkLog
@@ -31,11 +32,13 @@ Opened = tuple[int, Record, Image.Image]  # its row in the batch
 
 @dataclass(frozen=True)
 class Captioned:
-    """What came of it. images: written; bad: records that could not be; added: captions written beside the given ones; drawn: candidates looked at;
-    threshold: the least similarity kept, None where all were; bare: images that had no text and got none, which are left out."""
+    """What came of it. images: written; bad: records that could not be, by cause; undecodable: images that no model can look at, which keep the captions
+    that they have; added: captions written beside the given ones; drawn: candidates looked at; threshold: the least similarity kept, None where all
+    were; bare: images that had no text and got none, which are left out."""
 
     images: int
-    bad: int
+    bad: dict[str, int]
+    undecodable: int
     added: int
     drawn: int
     threshold: float | None
@@ -43,9 +46,10 @@ class Captioned:
 
     def __str__(self) -> str:
         least = "" if self.threshold is None else f" (similarity at least {self.threshold:.3f})"
-        bad = f"; {self.bad:,} unusable records left out" if self.bad else ""
+        blind = f"; {self.undecodable:,} images cannot be decoded and got none" if self.undecodable else ""
+        bad = f"; unusable records left out: {_by_cause(self.bad)}" if self.bad else ""
         bare = f"; {self.bare:,} images left out, which have no text" if self.bare else ""
-        return f"{self.images:,} images, {self.added:,} captions added of {self.drawn:,} drawn{least}{bad}{bare}"
+        return f"{self.images:,} images, {self.added:,} captions added of {self.drawn:,} drawn{least}{blind}{bad}{bare}"
 
 
 def caption(
@@ -66,7 +70,7 @@ def caption(
 
     Raises:
         ConfigError: an unusable setting. CheckpointError: the model makes no captions, or with `quantile` no embeddings. Stopped: on request, to be
-        gone on with. UserError: there is no caption to compare with, or `out` cannot be written.
+        gone on with. UserError: no image can be used, there is no caption to compare with, or `out` cannot be written.
     """
     if (below is not None and below < 1) or (quantile is not None and not 0 <= quantile < 1):
         raise ConfigError(f"below={below}, quantile={quantile}: give below >= 1 and 0 <= quantile < 1.")
@@ -74,7 +78,7 @@ def caption(
     if quantile is not None:
         predictor.embed_texts([])
         if not any(record.captions for _, record, _ in _opened(walk(shards, strict=True))):
-            raise UserError(f"{shards.root}: no image has a caption, so there is nothing to compare drawn ones with.")
+            raise UserError(f"{shards.root}: no image that can be decoded has a caption to compare drawn ones with.")
     writer = rewriting(shards, out)
     compared = quantile is not None
     settings = {"model": fingerprint(predictor), "below": below, "filter": compared, "seed": seed}
@@ -82,13 +86,16 @@ def caption(
     log.fill(lambda batch: _draw(predictor, batch, below, compared, seed), "captioning")
     given = array("d", (value for result in log.results() for value in result["given"]))
     threshold = float(np.quantile(given, quantile)) if quantile is not None else None
-    images = added = drawn = bare = 0
+    images = undecodable = added = drawn = bare = 0
+    bad: Counter[str] = Counter()
     with writer:
         for (_, record), result in zip(
             progress(walk(shards, strict=True, bare=True), shards, "writing"), log.results(), strict=True
         ):
             if isinstance(record, BadRecord):
+                bad[record.cause] += 1
                 continue
+            undecodable += not result.get("opened", True)
             new = _best(result["drawn"], threshold)[: _room(record, below)]
             drawn += len(result["drawn"])
             if not (record.captions or record.questions or new):
@@ -96,10 +103,16 @@ def caption(
                 continue
             copy(writer, record, [*record.captions, *new], new)
             images, added = images + 1, added + len(new)
+        if bad.total() + undecodable == shards.samples:
+            log.remove()  # else mended shards would be refused as not those that were begun with
+            causes = _by_cause(bad | Counter({UNDECODABLE: undecodable} if undecodable else {}))
+            raise UserError(
+                f"no image of {shards.root} can be used ({causes}), so nothing was written; `vlm shards check` names them."
+            )
         if not images:
             raise UserError(f"nothing would be left of {shards.root}, so nothing was written: no image has a text.")
     log.remove()
-    return Captioned(images, shards.samples - images - bare, added, drawn, threshold, bare)
+    return Captioned(images, dict(bad), undecodable, added, drawn, threshold, bare)
 
 
 def filter_by_model(
@@ -170,12 +183,19 @@ def _best(drawn: Sequence[tuple[float | None, str]], threshold: float | None) ->
     return [text for _, text in sorted(fitting, reverse=True)]
 
 
+def _by_cause(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {cause}" for cause, count in sorted(counts.items()))
+
+
 def _draw(
     predictor: Predictor, batch: Sequence[Found], below: int | None, compared: bool, seed: int
 ) -> list[dict[str, Any]]:
-    """For each place {"drawn": [(similarity, caption)], "given": [similarities of its captions]}; without `compared` there are no similarities."""
+    """For each place {"drawn": [(similarity, caption)], "given": [similarities of its captions]}, with "opened": False where there
+    is no image to look at; without `compared` there are no similarities."""
     results: list[dict[str, Any]] = [{"drawn": [], "given": []} for _ in batch]
     opened = list(_opened(batch))
+    for row in {*range(len(batch))} - {row for row, *_ in opened}:
+        results[row]["opened"] = False
     texts: list[list[str]] = [[] for _ in opened]
     wanted = [room + compared if (room := _room(record, below)) else 0 for _, record, _ in opened]
     for number in range(max(wanted, default=0)):
