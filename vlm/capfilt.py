@@ -32,9 +32,9 @@ Opened = tuple[int, Record, Image.Image]  # its row in the batch
 
 @dataclass(frozen=True)
 class Captioned:
-    """What came of it. images: written; bad: records that could not be, by cause; undecodable: images that no model can look at, which keep the captions
-    that they have; added: captions written beside the given ones; drawn: candidates looked at; threshold: the least similarity kept, None where all
-    were; bare: images that had no text and got none, which are left out."""
+    """What came of it. images: written; bad: records that could not be, by cause; undecodable: images that no model can look at, which keep the
+    captions that they have; added: captions written beside the given ones; drawn: candidates looked at; threshold: the least similarity kept, None
+    where all were; bare: images that had no text and got none, which are left out."""
 
     images: int
     bad: dict[str, int]
