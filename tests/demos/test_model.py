@@ -1,6 +1,7 @@
 """The shipped checkpoint: small enough, complete, and at work in every demo without --model."""
 
 import json
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -38,6 +39,33 @@ def test_it_says_what_it_was_trained_on() -> None:
     assert len(read_answers(MODEL)) > 1000
     card = (MODEL / "README.md").read_text()
     assert all(word in card for word in ("Flickr8k", "DAQUAR", "gender", "research"))
+
+
+def test_the_documents_give_this_checkpoints_numbers() -> None:
+    """The stored temperature in the card and in docs/metrics.md, the card's calibration there, its DAQUAR score in that set's README."""
+    card, metrics, daquar = (
+        " ".join((ROOT / name).read_text().split())
+        for name in ("demos/model/README.md", "docs/metrics.md", "datasets/daquar/README.md")
+    )
+    stored = json.loads((MODEL / "config.json").read_text())["calibration"]["temperature"]
+    assert f"stores a temperature of {stored:.3f} " in card
+    assert f"`demos/model`: T = {stored:.3f} from" in metrics
+    measured = re.search(
+        r"mean confidence is ([\d.]+) where accuracy is ([\d.]+) % \(ten human answers\), and ([\d.]+) where it is ([\d.]+) % \(yes/no\); "
+        r"the expected calibration error falls from ([\d.]+) to ([\d.]+) points and from ([\d.]+) to ([\d.]+)\. .*"
+        r"an error of ([\d.]+) points \(([\d.]+) without",
+        card,
+    )
+    assert measured
+    ten, right, coin, chance, ten_before, ten_after, coin_before, coin_after, daquar_after, daquar_before = (
+        measured.groups()
+    )
+    assert f"mean confidence is {ten} and {coin} where its accuracies are {right} and {chance} % (ten" in metrics
+    assert f"calibration error {ten_after} and {coin_after} instead of {ten_before} and {coin_before}." in metrics
+    assert f"on DAQUAR that one makes it worse ({daquar_after} instead of {daquar_before})" in metrics
+    scored = re.search(r"\| DAQUAR \(1,267\) \| ([\d.]+) %", card)
+    assert scored
+    assert f"`demos/model` reaches {scored[1]} %" in daquar
 
 
 @pytest.fixture(scope="module")

@@ -56,8 +56,9 @@ def caption_scores(
 ) -> CaptionScores:
     """Score one caption an image against the image's reference captions.
 
-    `tokenize=False` takes captions that are tokenized already, words separated by spaces. An empty caption scores 0; of
-    a single image CIDEr is 0, since every n-gram occurs in all images. document_frequencies: CIDEr-D with the weights
+    `tokenize=False` takes captions that are tokenized already, words separated by spaces. An empty caption scores 0 (but
+    for ROUGE_L, which is 1 where a reference is empty too once its punctuation is gone, as pycocoevalcap says); of a
+    single image CIDEr is 0, since every n-gram occurs in all images. document_frequencies: CIDEr-D with the weights
     of another corpus than these references; an image's score then does not depend on what other images are scored with
     it, but it is not the number that papers give. Raises UserError, naming the ids, where the two mappings do not hold
     the same images or an image has no reference.
