@@ -604,4 +604,7 @@ def test_nothing_is_unpickled(vocabulary: Path, tmp_path: Path, capsys: Any) -> 
     assert "damaged, or not a file of torch's" in refused("albef", file, vocabulary, capsys)
     torch.save({"model": [1, 2]}, file)
     assert "holds a list, expected a state dict" in refused("albef", file, vocabulary, capsys)
+    torch.save({"model": {0: torch.zeros(2), "temp": torch.ones(())}}, file)
+    for family in ("albef", "blip-original"):
+        assert "holds a dict, expected a state dict: tensors by name" in refused(family, file, vocabulary, capsys)
     assert "No such file" in refused("albef", tmp_path / "none.pth", vocabulary, capsys)

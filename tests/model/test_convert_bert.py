@@ -1,12 +1,13 @@
 """Our text Transformer with BERT's weights is transformers' BERT."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel, BertModel
 
 from vlm.config import TextConfig
@@ -194,6 +195,25 @@ def test_folder_as_transformers_saves_it(tmp_path: Path, pickled: bool) -> None:
     torch.testing.assert_close(transformer(transformer.embed(ids), mask)[mask], expected[mask], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"])
+@PRECISIONS
+@torch.no_grad()
+def test_the_activation_is_that_of_config_json(
+    tmp_path: Path, activation: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    reference = _build(BertForMaskedLM, dtype, hidden_act=activation)
+    reference.save_pretrained(tmp_path)
+    fields, weights = load_bert_folder(tmp_path)
+    config = TextConfig(**fields)
+    transformer, head = TextTransformer(config).to(dtype).eval(), VocabularyHead(config).to(dtype)
+    transformer.load_state_dict(weights.transformer)
+    head.load_state_dict(weights.head)
+    ids, mask = _inputs(0)
+    expected = reference(ids, attention_mask=mask.long())
+    result = head(transformer(transformer.embed(ids), mask), transformer.word_embedding)
+    torch.testing.assert_close(result[mask], expected.logits[mask], rtol=0, atol=tolerance)
+
+
 def test_folder_errors_say_what_to_do(tmp_path: Path) -> None:
     def attempt(match: str) -> None:
         with pytest.raises(CheckpointError, match=match):
@@ -215,6 +235,23 @@ def test_folder_errors_say_what_to_do(tmp_path: Path) -> None:
     save_file(state, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({**BERT, "vocab_size": 61}))
     attempt(r"shape \(60, 24\), but its config\.json says \(61, 24\)")
+
+
+def test_a_decoder_may_read_states_of_another_width_but_not_of_several(tmp_path: Path) -> None:
+    reference = _build(BertLMHeadModel, torch.float32, **DECODER)
+    reference.save_pretrained(tmp_path)
+    state = {
+        name: torch.ones(24, 10) if re.search(r"crossattention\.self\.(key|value)\.weight", name) else tensor
+        for name, tensor in load_file(tmp_path / "model.safetensors").items()
+    }
+    save_file(state, tmp_path / "model.safetensors")
+    fields, weights = load_bert_folder(tmp_path)
+    assert fields["cross_attention"] == (0, 1, 2)
+    assert weights.memory["values.2.weight"].shape == (24, 10)
+    name = "encoder.layer.1.crossattention.self.value.weight"
+    save_file({**state, f"bert.{name}": torch.ones(24, 11)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=re.escape(f"({name} (24, 11) instead of (24, 10))")):
+        load_bert_folder(tmp_path)
 
 
 def test_an_untied_head_is_refused() -> None:

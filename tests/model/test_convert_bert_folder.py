@@ -1,10 +1,12 @@
 """`vlm convert bert`: a training that starts from its folder has transformers' BERT for a text encoder."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, BertLMHeadModel, BertModel
 
 from vlm.build import Parts, build_parts
@@ -127,3 +129,51 @@ def test_what_cannot_be_converted_is_told(tmp_path: Path, capsys: Any) -> None:
     torch.save({"weights": torch.nn.Linear(2, 2)}, tmp_path / "theirs" / "pytorch_model.bin")
     message = refused("theirs")
     assert "pytorch_model.bin cannot be read as weights: it names torch.nn" in message
+
+
+def test_weights_that_are_not_all_those_of_config_json_are_told(tmp_path: Path, capsys: Any) -> None:
+    """Nothing may be filled up with random numbers, nor cut, without a word."""
+    bert(BertForMaskedLM, tmp_path / "theirs")
+    file, settings = tmp_path / "theirs" / "model.safetensors", tmp_path / "theirs" / "config.json"
+    whole, said = load_file(file), settings.read_text()
+
+    def refused(changes: dict[str, torch.Tensor | None], **stated: Any) -> str:
+        state = {name: tensor for name, tensor in (whole | changes).items() if tensor is not None}
+        save_file(state, file, {"format": "pt"})
+        settings.write_text(json.dumps(json.loads(said) | stated))
+        capsys.readouterr()
+        assert main(["convert", "bert", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == 1
+        assert not (tmp_path / "ours").exists()
+        message: str = capsys.readouterr().err
+        assert len(message.splitlines()) == 1
+        return message
+
+    query = "encoder.layer.1.attention.self.query.weight"
+    assert f"1 missing ({query}); download" in refused({f"bert.{query}": None})
+    assert "1 of another shape (" + query + " (24, 23) instead of (24, 24))" in refused(
+        {f"bert.{query}": torch.zeros(24, 23)}
+    )
+    positions = "embeddings.position_embeddings.weight"
+    assert f"({positions} (32, 24) instead of (33, 24))" in refused({}, max_position_embeddings=33)
+    head = "cls.predictions.transform.dense.bias"
+    assert f"1 missing ({head})" in refused({head: None})
+    assert f"({head} (3,) instead of (24,))" in refused({head: torch.zeros(3)})
+    message = refused({}, num_hidden_layers=4)
+    assert "16 missing (encoder.layer.3.attention.self.query.weight, " in message
+    message = refused({}, num_hidden_layers=2)
+    assert "16 unexpected (encoder.layer.2." in message
+    assert "cannot be used (ConfigError: " in refused({}, num_attention_heads=5)
+    assert "holds no word embedding" in refused({"bert.embeddings.word_embeddings.weight": None})
+
+
+def test_the_word_embedding_may_stand_in_the_head_alone(tmp_path: Path) -> None:
+    """It is one tensor under two names, of which files may hold either."""
+    bert(BertForMaskedLM, tmp_path / "theirs")
+    assert main(["convert", "bert", str(tmp_path / "theirs"), str(tmp_path / "a")]) == 0
+    state = load_file(tmp_path / "theirs" / "model.safetensors")
+    state["cls.predictions.decoder.weight"] = state.pop("bert.embeddings.word_embeddings.weight")
+    save_file(state, tmp_path / "theirs" / "model.safetensors", {"format": "pt"})
+    assert main(["convert", "bert", str(tmp_path / "theirs"), str(tmp_path / "b")]) == 0
+    one, other = (read_weights(tmp_path / name) for name in "ab")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())

@@ -14,8 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vlm.config import TextConfig
 from vlm.errors import CheckpointError
+from vlm.model.attention import CrossMemoryProjection
 from vlm.model.convert.pickled import read_pickled
+from vlm.model.text_transformer import TextTransformer
+from vlm.model.vocabulary_head import VocabularyHead
 
 EMBEDDINGS = {
     "embeddings.word_embeddings": "embeddings.word",
@@ -99,7 +103,8 @@ def from_bert_state_dict(state: dict[str, Tensor]) -> TextWeights:
     if "bias" not in weights.head and HEAD_BIAS_COPY in state:
         weights.head["bias"] = state[HEAD_BIAS_COPY]
     matrix = state.get(HEAD_MATRIX)
-    if matrix is not None and not torch.equal(matrix, weights.transformer["embeddings.word.weight"]):
+    # Files hold one of the two, or both.
+    if matrix is not None and not torch.equal(matrix, weights.transformer.setdefault("embeddings.word.weight", matrix)):
         raise CheckpointError(
             "the vocabulary head's matrix differs from the word embedding; only tied heads can be converted."
         )
@@ -179,7 +184,9 @@ def trim_vocabulary(weights: TextWeights, kept_ids: Tensor) -> TextWeights:
 def load_bert_folder(path: str | Path) -> tuple[dict[str, Any], TextWeights]:
     """Reads a folder as transformers saves it: fields of `TextConfig` and the weights under our names.
 
-    Reads `config.json` and `model.safetensors`, else `pytorch_model.bin` (with weights_only). Raises CheckpointError.
+    Reads `config.json` and `model.safetensors`, else `pytorch_model.bin` (with weights_only).
+
+    Raises CheckpointError where a file is missing or damaged, and where names or shapes are not those of the model in config.json.
     """
     folder = Path(path)
     config_file = folder / "config.json"
@@ -200,7 +207,48 @@ def load_bert_folder(path: str | Path) -> tuple[dict[str, Any], TextWeights]:
             f"{folder} holds {got}, but its config.json says {(fields['vocab_size'], fields['dim'])}; the files do not belong together."
         )
     fields["cross_attention"] = cross_attention_layers(weights.transformer)
+    _check_complete(weights, fields, folder)
     return fields, weights
+
+
+def _check_complete(weights: TextWeights, fields: dict[str, Any], folder: Path) -> None:
+    """Compares names and shapes with those of the model that the fields of `TextConfig` describe.
+
+    Raises CheckpointError with the first that are missing, unexpected or of another shape.
+    """
+    try:
+        expected, found = (to_bert_state_dict(parts, "") for parts in (_described(weights, fields), weights))
+    except Exception as error:  # a damaged value can show itself anywhere
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise CheckpointError(f"{folder}: cannot be used ({reason}); download the folder again.") from None
+    misshapen = [name for name in expected if name in found and found[name].shape != expected[name].shape]
+    parts = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in (
+            ("missing", [name for name in expected if name not in found]),
+            ("unexpected", [name for name in found if name not in expected]),
+            (
+                "of another shape",
+                [f"{n} {tuple(found[n].shape)} instead of {tuple(expected[n].shape)}" for n in misshapen],
+            ),
+        )
+        if names
+    ]
+    if parts:
+        raise CheckpointError(
+            f"{folder}: the weights are not those of the BERT in its config.json: {'; '.join(parts)}; download the folder again."
+        )
+
+
+def _described(weights: TextWeights, fields: dict[str, Any]) -> TextWeights:
+    """State dicts without storage of the model that has the parts of `weights`."""
+    config = TextConfig(**fields)
+    memory_dim = next((t.shape[-1] for name, t in weights.memory.items() if name.endswith("weight")), config.dim)
+    with torch.device("meta"):
+        stack = TextTransformer(config)
+        memory = CrossMemoryProjection(len(config.cross_attention), config.dim, memory_dim, config.heads)
+        head = VocabularyHead(config) if weights.head else None
+    return TextWeights(stack.state_dict(), memory.state_dict(), {} if head is None else head.state_dict())
 
 
 def _config_fields(foreign: dict[str, Any], file: Path) -> dict[str, Any]:

@@ -24,8 +24,12 @@ def read_pickled(file: Path, key: str | None = None) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} cannot be read as weights: {_reason(error)}.") from None
     if key is not None and isinstance(state, dict):
         state = state.get(key, state)
-    if not isinstance(state, dict) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise CheckpointError(f"{file} holds a {type(state).__name__}, expected a state dict of tensors.")
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items())
+    ):
+        raise CheckpointError(f"{file} holds a {type(state).__name__}, expected a state dict: tensors by name.")
     return dict(state)
 
 
