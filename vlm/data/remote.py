@@ -1,27 +1,28 @@
 """Shards that lie elsewhere: copies in a cache of bounded size, shared by all processes of a machine.
 
 A shard is downloaded whole at its first use, as its records are read in no order. `DIGEST.tar.part` is the download, held by a file lock; it becomes
-`DIGEST.tar` by one rename, so that a copy is whole or not there, and what an interrupted download leaves is taken up by the next one.
+`DIGEST.tar` by one rename, so that a copy is whole or not there, and what an interrupted download leaves is taken up by the next one. `DIGEST.json`
+notes of which version either is.
 """
 
 import fcntl
 import hashlib
 import logging
 import os
-import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlm.config import CacheConfig
-from vlm.data.transport import Head, Interrupted, Refused, receive
+from vlm.data.copies import is_still, lock_part, make_room, note_of
+from vlm.data.transport import Head, Interrupted, Refused, holds, receive
+from vlm.data.versions import Note, Version, load_note
 from vlm.errors import ConfigError, UserError
 
 log = logging.getLogger(__name__)
-OURS = re.compile(r"[0-9a-f]{32}\.tar(\.part)?")
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between attempts, doubled each time
-PROGRESS = 2**20  # bytes that an attempt must add, so that those which failed are forgotten
 SMALL_FILE = 2**26  # bytes; an index of a hundred thousand shards has 10 MB
+STARTED = time.time()  # what was fetched or asked after since then is not asked after again
 
 
 class UnreadableShard(UserError):
@@ -39,16 +40,20 @@ class RemoteShard:
     def __str__(self) -> str:
         return self.url
 
+    @property
+    def digest(self) -> str:
+        """What its files in the cache are called."""
+        return hashlib.blake2b(f"{self.bytes} {self.url}".encode(), digest_size=16).hexdigest()
+
     def open(self) -> int:
         """A file descriptor of the whole copy, which is downloaded if need be.
 
         Raises UnreadableShard after the last attempt, and ConfigError where the cache cannot be written or is too small.
         """
-        digest = hashlib.blake2b(f"{self.bytes} {self.url}".encode(), digest_size=16).hexdigest()
-        path = cache_folder(self.cache) / f"{digest}.tar"
+        path = cache_folder(self.cache) / f"{self.digest}.tar"
         try:
             while True:
-                copy = _open_copy(path, self.bytes)
+                copy = _open_copy(self, path)
                 if copy is None:
                     copy = _fetch(self, path)
                 if copy is not None:
@@ -76,9 +81,9 @@ def read_small(url: str, cache: CacheConfig) -> bytes:
     for attempt in range(cache.retries + 1):
         data, total = bytearray(), None
         try:
-            for item in receive(url, 0, None, cache.timeout):
+            for item in receive(url, 0, Version(), cache.timeout):
                 if isinstance(item, Head):
-                    total = item.total
+                    total = item.version.total
                 else:
                     data += item
                 if max(len(data), total or 0) > SMALL_FILE:
@@ -93,44 +98,50 @@ def read_small(url: str, cache: CacheConfig) -> bytes:
     raise AssertionError("unreachable")
 
 
-def make_room(folder: Path, need: int, cache: CacheConfig) -> None:
-    """Removes the copies (and abandoned parts) used longest ago, until `need` more bytes fit into the cache."""
-    found = []
-    for entry in os.scandir(folder):
-        try:
-            if OURS.fullmatch(entry.name):
-                status = entry.stat(follow_symlinks=False)
-                found.append((status.st_mtime, status.st_size, entry.path))
-        except FileNotFoundError:  # another process makes room too
-            continue
-    excess = sum(size for _, size, _ in found) + need - limit(cache)
-    for _, size, path in sorted(found):
-        if excess <= 0:
-            return
-        if not path.endswith(".part"):
-            Path(path).unlink(missing_ok=True)
-            excess -= size
-        elif _remove_part(path):
-            excess -= size
-
-
-def _open_copy(path: Path, size: int) -> int | None:
-    """The copy, if it is there; one of another size than it should have is removed."""
+def _open_copy(shard: RemoteShard, path: Path) -> int | None:
+    """The copy, if it is there; one that is not what it should be is removed."""
     try:
         copy = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
-    if size in (0, os.fstat(copy).st_size):
-        os.utime(copy)  # used now: the last to be removed
-        return copy
+    try:
+        if _is_good(shard, path, os.fstat(copy).st_size):
+            os.utime(copy)  # used now: the last to be removed
+            return copy
+        if is_still(path, copy):
+            path.unlink(missing_ok=True)
+    except BaseException:
+        os.close(copy)
+        raise
     os.close(copy)
-    path.unlink(missing_ok=True)
     return None
+
+
+def _is_good(shard: RemoteShard, path: Path, size: int) -> bool:
+    """Whether a copy has the size that its index says; where none does: whether it is sound, and the same is there still, asked once in a run."""
+    if shard.bytes:
+        return size == shard.bytes
+    note = load_note(note_of(path))
+    if note is None:  # nobody looked whether it is whole
+        return False
+    if note.asked >= STARTED:
+        return True
+    if note.damage:  # those who began later try again
+        return False
+    if note.version != Version():
+        try:
+            if not holds(shard.url, replace(note.version, total=size), shard.cache.timeout):
+                log.warning("%s was replaced since it was copied; it is fetched again", shard)
+                return False
+        except (Refused, Interrupted) as error:
+            log.warning("%s cannot be asked after (%s); its copy in the cache is read", shard, error)
+    Note(note.version, time.time()).save(note_of(path))
+    return True
 
 
 def _fetch(shard: RemoteShard, path: Path) -> int | None:
     """Downloads the copy; None where another process did so at the same time."""
-    part = _lock_part(path)
+    part = lock_part(path)
     if part is None:
         return None
     try:
@@ -138,7 +149,7 @@ def _fetch(shard: RemoteShard, path: Path) -> int | None:
         os.fsync(part)
         os.rename(f"{path}.part", path)
         fcntl.flock(part, fcntl.LOCK_UN)
-        make_room(path.parent, 0, shard.cache)
+        make_room(path.parent, 0, limit(shard.cache))
     except BaseException:
         os.close(part)
         raise
@@ -150,70 +161,41 @@ def limit(cache: CacheConfig) -> int:
     return int(cache.gigabytes * 10**9)
 
 
-def _lock_part(path: Path) -> int | None:
-    """The part of a copy, locked for this process; None where the copy is there when the lock is had."""
-    name = f"{path}.part"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while not path.exists():
-        part = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        fcntl.flock(part, fcntl.LOCK_EX)
-        if _is_still(name, part):
-            return part
-        os.close(part)  # it was finished, or removed, while this process waited
-    return None
-
-
-def _is_still(name: str, file: int) -> bool:
-    try:
-        return os.stat(name).st_ino == os.fstat(file).st_ino
-    except FileNotFoundError:
-        return False
-
-
-def _remove_part(name: str) -> bool:
-    """Removes a part that no process is writing."""
-    try:
-        part = os.open(name, os.O_RDWR | os.O_NOFOLLOW)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _is_still(name, part):
-            os.unlink(name)
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(part)
-
-
 @dataclass
 class _Part:
-    """A download on its way: the file, how many bytes it has and shall have, and the tag of the content that they are of."""
+    """A download on its way: the file, where its version is noted, how many bytes it has and shall have, and the version that they are of."""
 
     file: int
+    note: Path
     size: int
-    total: int | None = None
-    tag: str | None = None
+    total: int | None
+    version: Version
 
 
 def _download(shard: RemoteShard, file: int, folder: Path) -> None:
-    """Completes the part `file`; goes on where an attempt broke off, and counts only the attempts that bring nothing new."""
-    part = _Part(file, os.fstat(file).st_size, shard.bytes or None)
+    """Completes the part `file`; goes on where an attempt broke off, and counts only the attempts in a row that bring nothing new."""
+    part = _taken_up(shard, file, folder / f"{shard.digest}.json")
     furthest, attempt = part.size, 0
-    while part.total is None or part.size != part.total:
+    while True:
         try:
-            _attempt(shard, part, folder)
-            if part.total in (None, part.size):
-                return
-            raise Interrupted(f"it ended after {part.size} of {part.total} bytes")
+            if part.size == 0 or part.size != part.total:
+                _attempt(shard, part, folder)
+            if part.total not in (None, part.size):
+                raise Interrupted(f"it ended after {part.size} of {part.total} bytes")
+            damage = None if shard.bytes else _damage(part)
+            if damage and attempt < shard.cache.retries:
+                raise Interrupted(f"what came is damaged: {damage}", restart=True)
+            if damage:
+                log.warning("%s is damaged (%s): in this run its records before that are read", shard, damage)
+            Note(part.version, time.time(), damage).save(part.note)
+            return
         except Refused as error:
             raise UnreadableShard(f"{shard} cannot be read: {error}.") from None
         except Interrupted as error:
+            if part.size > furthest:
+                furthest, attempt = part.size, 0
             if error.restart:
                 _cut(part, 0)
-            if part.size >= furthest + PROGRESS:
-                furthest, attempt = part.size, 0
             if attempt == shard.cache.retries:
                 raise UnreadableShard(f"{shard} cannot be read, {attempt + 1} attempts failed: {error}.") from None
             pause = _pause(attempt, error)
@@ -222,14 +204,37 @@ def _download(shard: RemoteShard, file: int, folder: Path) -> None:
             attempt += 1
 
 
+def _taken_up(shard: RemoteShard, file: int, path: Path) -> _Part:
+    """The part as an earlier download left it, emptied where nobody noted of which version it is."""
+    note = load_note(path)
+    version = note.version if note else Version()
+    part = _Part(file, path, os.fstat(file).st_size, shard.bytes or version.total, version)
+    if note is None or (part.total is not None and part.size > part.total):
+        _cut(part, 0)
+    return part
+
+
+def _damage(part: _Part) -> str | None:
+    """What is wrong with a whole download whose size nobody knew before. Raises Interrupted where not one record of it can be read."""
+    from vlm.data.records import scan_shard  # that module reads this one's shards
+
+    starts, damage = scan_shard(part.file)
+    os.lseek(part.file, 0, os.SEEK_SET)  # it is handed on as a file just opened
+    if damage and len(starts) == 1:
+        head = os.pread(part.file, 32, 0)
+        raise Interrupted(f"{part.size} bytes came that are no tar ({damage}); they begin with {head!r}", restart=True)
+    return damage
+
+
 def _attempt(shard: RemoteShard, part: _Part, folder: Path) -> None:
-    for item in receive(shard.url, part.size, part.tag, shard.cache.timeout):
+    for item in receive(shard.url, part.size, part.version, shard.cache.timeout):
         if isinstance(item, Head):
-            if item.start != part.size:
-                _cut(part, item.start)
-            part.tag, part.total = item.tag, shard.bytes or item.total
-            if shard.bytes and item.total not in (None, shard.bytes):
-                raise Refused(f"it has {item.total} bytes, its index says {shard.bytes}; make the index anew")
+            if shard.bytes and item.version.total not in (None, shard.bytes):
+                raise Refused(f"it has {item.version.total} bytes, its index says {shard.bytes}; make the index anew")
+            if item.start == 0:  # else the rest of what is there
+                _cut(part, 0)
+                part.version, part.total = item.version, shard.bytes or item.version.total
+                Note(part.version).save(part.note)  # before the first byte of it
             _reserve(shard, part, folder)
             continue
         most = part.total if part.total is not None else limit(shard.cache)
@@ -246,7 +251,7 @@ def _reserve(shard: RemoteShard, part: _Part, folder: Path) -> None:
             f"{shard} has {need / 1e9:.3g} GB, data.cache.gigabytes={shard.cache.gigabytes:g}; it must hold at least one shard "
             "for each of data.streams."
         )
-    make_room(folder, need - part.size, shard.cache)
+    make_room(folder, need - part.size, limit(shard.cache))
 
 
 def _write(part: _Part, data: bytes) -> None:

@@ -13,12 +13,28 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from vlm.data.versions import Version
 
 CHUNK = 2**18
 SLOWEST = 1024  # bytes a second, over a whole timeout; a server that drips more slowly has stalled
+IN_URLS = "!#$%&'()*+,/:;=?@[]~"  # beside letters, digits and -._, all that an address may hold as it is
+CHANGES = (
+    "ETag",
+    "etag",
+    "generation",
+    "blob_id",
+    "LastModified",
+    "last_modified",
+    "mtime",
+)  # with the content of a file, in the words of fsspec's systems
 
 
 class Refused(Exception):
@@ -35,11 +51,10 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Head:
-    """What is known before the bytes: the number of the first that comes (0 where a range was not granted), how many the whole has, and its tag."""
+    """What is known before the bytes: the number of the first that comes (0 where a range was not granted), and of what version they are."""
 
     start: int
-    total: int | None = None
-    tag: str | None = None
+    version: Version
 
 
 @dataclass
@@ -52,11 +67,11 @@ class _Opened:
     """Ends a read that hangs in another thread, where that needs doing."""
 
 
-def receive(url: str, start: int, tag: str | None, timeout: float) -> Iterator[Head | bytes]:
+def receive(url: str, start: int, version: Version, timeout: float) -> Generator[Head | bytes, None, None]:
     """The head of `url`, then its bytes, from number `start` on where the other side can do that.
 
-    tag: the Head's of an earlier answer; if the content is another one now, it comes from its beginning. Raises Refused or Interrupted, the latter
-    also where for `timeout` seconds nothing comes, or less than a kibibyte a second.
+    version: of the bytes before `start`; unless what is there now is surely of that version, it comes from its beginning. Raises Refused or
+    Interrupted, the latter also where for `timeout` seconds nothing comes, or less than a kibibyte a second.
     """
     items: queue.Queue[Head | bytes | Exception | None] = queue.Queue(maxsize=8)
     given_up = threading.Event()
@@ -72,7 +87,7 @@ def receive(url: str, start: int, tag: str | None, timeout: float) -> Iterator[H
 
     def pump() -> None:
         try:
-            source = _open(url, start, tag, timeout)
+            source = _open(url, start, version, timeout)
             opened.append(source)
             with closing(source):
                 put(source.head)
@@ -120,44 +135,103 @@ def _told(error: Exception) -> Exception:
     return Interrupted(f"{type(error).__name__}: {error}")
 
 
-def _open(url: str, start: int, tag: str | None, timeout: float) -> _Opened:
+def holds(url: str, version: Version, timeout: float) -> bool:
+    """Whether `url` has that version still, of which the total is known; so also where it does not say. Raises as `receive`."""
+    start = (
+        version.total - 1 if version.total and _is_http(url) else 0
+    )  # the last byte alone, where that can be asked for
+    with closing(receive(url, start, version, timeout)) as items:
+        head = next(items)
+    assert isinstance(head, Head)
+    return version.agrees(head.version)
+
+
+def _is_http(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
+
+
+def _open(url: str, start: int, version: Version, timeout: float) -> _Opened:
     if url.startswith("pipe:"):
         return _open_pipe(url.removeprefix("pipe:"))
-    if url.startswith(("http://", "https://")):
-        return _open_http(url, start, tag, timeout)
-    return _open_fsspec(url, start)
+    if _is_http(url):
+        return _open_http(url, start, version, timeout)
+    return _open_fsspec(url, start, version)
 
 
-def _open_http(url: str, start: int, tag: str | None, timeout: float) -> _Opened:
+def _open_http(url: str, start: int, version: Version, timeout: float) -> _Opened:
     headers = {"User-Agent": "vlm-fusion", "Accept-Encoding": "identity"}
-    if start:
-        headers["Range"] = f"bytes={start}-"
-        if tag:
-            headers["If-Range"] = tag
+    if start and version.condition:
+        headers |= {"Range": f"bytes={start}-", "If-Range": version.condition}
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
+        response = urllib.request.urlopen(urllib.request.Request(_quoted(url), headers=headers), timeout=timeout)
     except urllib.error.HTTPError as error:
         error.close()
         message = f"the server answered {error.code} {error.reason}"
-        if error.code == 416:  # what was kept is longer than what is there
-            raise Interrupted(message, restart=True) from None
+        if error.code == 416 and "Range" in headers:  # what was kept is longer than what is there
+            return _open_http(url, 0, Version(), timeout)
         if error.code in (408, 425, 429) or error.code >= 500:
-            wait = error.headers.get("Retry-After") or ""
-            raise Interrupted(message, min(float(wait), timeout) if wait.isdecimal() else 0.0) from None
+            raise Interrupted(message, _wait(error.headers.get("Retry-After") or "", timeout)) from None
         raise Refused(message) from None
     except (http.client.InvalidURL, ValueError) as error:
         raise Refused(f"no usable address ({error})") from None
+    try:
+        head = _http_head(response)
+    except BaseException:
+        response.close()
+        raise
+    if head.start and (head.start != start or not version.agrees(head.version)):
+        response.close()
+        if "Range" in headers:  # a server that does not know If-Range, or grants another range
+            return _open_http(url, 0, Version(), timeout)
+        raise Interrupted("the server sent a range that nobody asked for")
+    return _Opened(head, lambda: bytes(response.read1(CHUNK)), response.close)
+
+
+def _quoted(url: str) -> str:
+    """An address with blanks and letters beyond ASCII, as browsers send it; what is quoted already stays."""
+    parts = urlsplit(url)
+    return parts._replace(path=quote(parts.path, IN_URLS), query=quote(parts.query, IN_URLS)).geturl()
+
+
+def _http_head(response: Any) -> Head:
+    """Its start is -1 where that is not said. Raises Interrupted for an answer without a file, and Refused for one that would have to be decoded."""
+    if response.status not in (200, 203, 206):
+        raise Interrupted(f"the server answered {response.status} {response.reason}, without a file")
+    encoding = (response.headers.get("Content-Encoding") or "identity").strip()
+    if encoding.lower() != "identity":
+        raise Refused(
+            f"the server sends it with Content-Encoding {encoding!r}, though 'identity' was asked for, and nothing here decodes that; "
+            "have the server send the file as it is"
+        )
     length = response.headers.get("Content-Length") or ""
-    total = int(length) if length.isdecimal() else None
-    etag = response.headers.get("ETag") or ""
-    found, first = (etag if etag.startswith('"') else None), 0
+    start, total = 0, int(length) if length.isdecimal() else None
     if response.status == 206:
         granted = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range") or "")
-        if granted is None or int(granted[1]) != start:
-            response.close()
-            raise Interrupted(f"the server granted another range than bytes {start} and on", restart=True)
-        first, total = start, int(granted[2]) if granted[2] != "*" else None
-    return _Opened(Head(first, total, found), lambda: bytes(response.read1(CHUNK)), response.close)
+        start = int(granted[1]) if granted else -1
+        total = int(granted[2]) if granted and granted[2] != "*" else None
+    tag, date = response.headers.get("ETag"), response.headers.get("Last-Modified")
+    strong = tag if tag and tag.startswith('"') else None
+    changed, answered = _moment(date or ""), _moment(response.headers.get("Date") or "")
+    # within the second that a date names the content may have changed once more
+    settled = date if changed and answered and (answered - changed).total_seconds() > 1 else None
+    return Head(start, Version(tag, date, total, strong or settled))
+
+
+def _moment(date: str) -> datetime | None:
+    """That of an HTTP date."""
+    try:
+        found = parsedate_to_datetime(date)
+    except (ValueError, TypeError):
+        return None
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+def _wait(retry_after: str, timeout: float) -> float:
+    """The seconds that a server asks for, as a number or as the moment when they are over; at most `timeout`."""
+    if retry_after.isdecimal():
+        return min(float(retry_after), timeout)
+    moment = _moment(retry_after)
+    return 0.0 if moment is None else min(max(0.0, (moment - datetime.now(UTC)).total_seconds()), timeout)
 
 
 def _open_pipe(command: str) -> _Opened:
@@ -179,18 +253,33 @@ def _open_pipe(command: str) -> _Opened:
                 os.killpg(process.pid, signal.SIGKILL)  # the shell and all that it started
             process.wait()
 
-    return _Opened(Head(0), read, close, close)
+    return _Opened(Head(0, Version()), read, close, close)
 
 
-def _open_fsspec(url: str, start: int) -> _Opened:
+def _open_fsspec(url: str, start: int, version: Version) -> _Opened:
     from fsspec.core import url_to_fs
 
     try:
         system, path = url_to_fs(url)
     except ValueError as error:
         raise Refused(str(error)) from None
-    total = system.info(path).get("size")
+    if start:  # what was listed before the break says nothing of now
+        system.invalidate_cache(path)
+
+    def look() -> Version:
+        info = system.info(path)
+        tag = " ".join(f"{name}={info[name]}" for name in CHANGES if info.get(name) is not None) or None
+        return Version(tag, None, info.get("size"), tag)
+
+    found = look()
     file = system.open(path, "rb")
-    first = start if total is not None and start <= total else 0
+    first = start if found.tag and found == version and start <= (found.total or 0) else 0
     file.seek(first)
-    return _Opened(Head(first, total), lambda: bytes(file.read(CHUNK)), file.close)
+
+    def read() -> bytes:
+        data = bytes(file.read(CHUNK))
+        if not data and look() != found:  # read in several requests, perhaps before and after
+            raise Interrupted("it was changed while it was read", restart=True)
+        return data
+
+    return _Opened(Head(first, found), read, file.close)
