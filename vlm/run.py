@@ -1,6 +1,6 @@
 """What `vlm train` does."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from vlm.build import (
 )
 from vlm.checkpoint import read_answers, write_checkpoint
 from vlm.config import Config, Head
+from vlm.data.batch import Batch
 from vlm.data.index import ShardSet
 from vlm.data.loader import Loader
 from vlm.data.places import check_sources
@@ -38,6 +39,7 @@ from vlm.train.distributed import Ranks
 from vlm.train.precision import settled
 from vlm.train.report import say
 from vlm.train.state import load_state
+from vlm.train.stopping import stops_at_once
 from vlm.train.trackers import check_trackers
 from vlm.train.trainer import Trainer
 
@@ -50,15 +52,25 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     """
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(config.train.deterministic or before)
-    ranks = start()
+    out = Path(config.out)
     try:
-        return _train(config, ranks, resume)
+        with stops_at_once():
+            trainer = _set_up(config, start(), resume)
+        if trainer.finished:
+            say(f"{out} is finished: {trainer.step} of {trainer.total_steps} steps are done.")
+            return trainer.scores
+        scores = trainer.fit()
+        best = f" and {out}/best" if (out / "best").is_dir() else ""
+        if trainer.ranks.main:
+            say(f"done: checkpoints in {out}/latest{best}, log in {out}/log.jsonl")
+        return scores
     finally:
         distributed.stop()
         torch.use_deterministic_algorithms(before)
 
 
-def _train(config: Config, ranks: Ranks, resume: bool) -> dict[str, Any]:
+def _set_up(config: Config, ranks: Ranks, resume: bool) -> Trainer:
+    """Everything up to the first step, or to the one that a run goes on from."""
     check_trackers(config.train.trackers)
     out = Path(config.out)
     latest = out / "latest"
@@ -70,23 +82,14 @@ def _train(config: Config, ranks: Ranks, resume: bool) -> dict[str, Any]:
         raise ConfigError(
             f"out={out} holds a run already; add --resume auto to go on with it, choose another --out, or remove it."
         )
+    state = load_state(latest) if resuming else {}
     if resuming:
         config = as_begun(config, out)
     config = settled(config, ranks)
     # A state fits the model that it is of, whatever heads a new run would have.
     heads = load_metadata(latest)["model"]["heads"] if resuming else ()
     built = build_run(config, ranks, heads)
-    parts, held_out, loader = built.parts, built.held_out, built.loader
-    evaluators = {name: evaluation_loader(config, parts, shards, ranks) for name, shards in named(held_out).items()}
-    book = SampleBook(parts, named(held_out))
-
-    def evaluate(task: Task) -> tuple[dict[str, Any], float]:
-        scores = {
-            name: evaluate_loader(task, data, ranks, f"evaluating on {name}", config.train.evaluate_images)[0]
-            for name, data in evaluators.items()
-        }
-        book.show(task, trainer.step, trainer.log)
-        return scores, sum(s[task.metric] for s in scores.values()) / len(scores)
+    parts, loader = built.parts, built.loader
 
     def save(name: str, model: nn.Module, scores: dict[str, Any], state: dict[str, Any] | None) -> Path:
         tokenizer_json = parts.tokenizer.to_json()
@@ -94,20 +97,62 @@ def _train(config: Config, ranks: Ranks, resume: bool) -> dict[str, Any]:
             out / name, parts.config, model, tokenizer_json, scores, built.trained_on, built.answers, state
         )
 
-    trainer = Trainer(built.task, loader, config, ranks, evaluate if evaluators else None, save)
+    evaluation = _Evaluation(built, ranks) if built.held_out else None
+    trainer = Trainer(built.task, loader, config, ranks, evaluation, save)
+    if evaluation is not None:
+        evaluation.trainer = trainer
     torch.manual_seed(config.seed + 1000 * ranks.rank)
     if resuming:
-        trainer.load_state(load_state(latest))
+        trainer.load_state(state)
     if ranks.main:
         replace_text(out / "config.yaml", config_to_yaml(config))
         introduce(parts, loader, trainer, ranks)
-    if trainer.step >= trainer.total_steps:
-        say(f"{out} is finished: {trainer.step} of {trainer.total_steps} steps are done.")
-        return trainer.scores
-    scores = trainer.fit()
-    if ranks.main:
-        say(f"done: checkpoints in {out}/latest{f' and {out}/best' if evaluators else ''}, log in {out}/log.jsonl")
-    return scores
+    return trainer
+
+
+class _Evaluation:
+    """A run's evaluations of its validation splits. trainer: the run's, which is made after this."""
+
+    trainer: Trainer
+
+    def __init__(self, built: "BuiltRun", ranks: Ranks) -> None:
+        sets = named(built.held_out)
+        self.ranks, self.config = ranks, built.parts.config
+        self.loaders = {
+            name: _Interruptible(
+                evaluation_loader(self.config, built.parts, shards, ranks), lambda: self.trainer.leave()
+            )
+            for name, shards in sets.items()
+        }
+        self.book = SampleBook(built.parts, sets)
+
+    def __call__(self, task: Task) -> tuple[dict[str, Any], float | None]:
+        """Scores by set, and the mean over the sets of the one that selects; None where no set has it."""
+        images = self.config.train.evaluate_images
+        scores = {
+            name: evaluate_loader(task, loader, self.ranks, f"evaluating on {name}", images)[0]
+            for name, loader in self.loaders.items()
+        }
+        self.book.show(task, self.trainer.step, self.trainer.log)
+        selecting = [found[task.metric] for found in scores.values() if task.metric in found]
+        return scores, sum(selecting) / len(selecting) if selecting else None
+
+
+class _Interruptible(Loader):
+    """A loader that calls `leave` before each of its batches, on every rank as often, though a rank's batches without samples are passed over."""
+
+    def __init__(self, loader: Loader, leave: Callable[[], None]) -> None:
+        vars(self).update(vars(loader))
+        self._leave = leave
+
+    def iterate(self, epoch: int, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
+        left = (self.steps if stop_step is None else stop_step) - start_step
+        for batch in super().iterate(epoch, start_step, stop_step):
+            self._leave()
+            left -= 1
+            yield batch
+        for _ in range(left):
+            self._leave()
 
 
 @dataclass(frozen=True)

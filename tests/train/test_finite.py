@@ -1,5 +1,7 @@
 """A step that is not finite changes nothing and is named; several in a row end the run with the last good state."""
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from vlm.run import train
 from vlm.tasks.task import Task
 from vlm.train.distributed import Ranks
 from vlm.train.report import read_json_lines
-from vlm.train.trainer import Trainer
+from vlm.train.trainer import StoppedOnRequest, Trainer
 
 MakeConfig = Callable[..., Config]
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -150,6 +152,43 @@ def test_several_in_a_row_end_the_run_with_the_last_good_state(
     train(config, resume=True)  # behind what was skipped
     steps = [line["step"] for line in read_json_lines(Path(config.out) / "log.jsonl") if line["kind"] == "train"]
     assert steps[-1] == 12
+
+
+def test_skipped_steps_count_in_a_row_across_a_resumption(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two before the run was stopped and one after it are three."""
+    config = make_config({"train.max_skipped": 3, "data.splits.val": []})
+    with monkeypatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        poison_gradient(patch, 2, 3)
+        step = Trainer._step
+
+        def stepped(self: Trainer, *given: Any) -> None:
+            step(self, *given)
+            if self.step + 1 == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        patch.setattr(Trainer, "_step", stepped)
+        with pytest.raises(StoppedOnRequest):
+            train(config)
+    poison_gradient(monkeypatch, 1)
+    with pytest.raises(UserError, match=r"^step 4: .*, train\.max_skipped=3 in all"):
+        train(config, resume=True)
+
+
+def test_a_run_without_a_single_step_is_not_done(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though it has fewer steps than may be skipped in a row."""
+    config = make_config({"train.max_skipped": 7})
+    poison_gradient(monkeypatch, *range(1, 7))
+    with pytest.raises(
+        UserError, match="none of the 6 steps could be made, as the loss or its gradient was never a finite"
+    ):
+        train(config)
+    assert not Path(config.out, "best").exists()
+    assert "done" not in capsys.readouterr().err
 
 
 def test_weights_that_are_not_finite_are_not_saved(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

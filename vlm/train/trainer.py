@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,42 +20,25 @@ from vlm.train.averaging import Averaging
 from vlm.train.compiling import compile_parts, uncompiled
 from vlm.train.cost import Cost
 from vlm.train.distributed import Ranks
+from vlm.train.feeding import TrainingLoader, batches_from, leaving_together
 from vlm.train.finite import HINT, FiniteSteps, weights_are_finite
 from vlm.train.meter import Meter
-from vlm.train.optimizer import build_optimizer, load_optimizer_state, optimizer_state, schedule
+from vlm.train.optimizer import build_optimizer, optimizer_state, schedule
 from vlm.train.precision import Precision
 from vlm.train.report import Clock, number, say, training_line
+from vlm.train.resuming import forget_evaluations, restore
 from vlm.train.sharding import Sharding, total_norm
+from vlm.train.stopping import StoppedOnRequest as StoppedOnRequest
 from vlm.train.stopping import StopRequest
 from vlm.train.trackers import RunLog
-
-
-class TrainingLoader(Protocol):
-    """What the loop needs of the data: `steps` batches an epoch, readable from any step to any other."""
-
-    @property
-    def steps(self) -> int:
-        """Batches an epoch."""
-        ...
-
-    def iterate(self, epoch: int, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
-        """The epoch's batches from one step to before another."""
-        ...
-
-    def check(self, gather: Callable[[list[Any]], list[Any]]) -> None:
-        """Raises UserError on all ranks where too many of their samples are bad."""
-        ...
-
-
-class StoppedOnRequest(Exception):
-    """SIGTERM, SIGUSR1 or Ctrl-C: the state is saved."""
 
 
 class Trainer:
     """Trains `task` as `config` says.
 
-    evaluate: scores of the validation splits, with the value that selects the best checkpoint. save: writes a checkpoint folder, the training state
-    in it unless it is None. Both are given by the caller, who knows about tokenizers and files.
+    evaluate: scores of the validation splits, with the value that selects the best checkpoint, None where none of them has it; it calls `leave` now
+    and then. save: writes a checkpoint folder, the training state in it unless it is None. Both are given by the caller, who knows about tokenizers
+    and files.
     """
 
     def __init__(
@@ -64,7 +47,7 @@ class Trainer:
         loader: TrainingLoader,
         config: Config,
         ranks: Ranks,
-        evaluate: Callable[[Task], tuple[dict[str, Any], float]] | None,
+        evaluate: Callable[[Task], tuple[dict[str, Any], float | None]] | None,
         save: Callable[[str, nn.Module, dict[str, Any], dict[str, Any] | None], Path],
     ) -> None:
         self.task = task.to(ranks.device)
@@ -88,6 +71,7 @@ class Trainer:
         self.cost = Cost(ranks, config.train.precision)
         self.step = 0
         self.evaluated = 0  # the step of the last evaluation
+        self._kept = (0, 0)  # the last step, and the last evaluation, that `latest` holds
         self.finite = FiniteSteps(task.model, self.optimizer, ranks, config.train.max_skipped)
         self.meter = Meter(task.weights)
         self.best: float | None = None
@@ -102,20 +86,32 @@ class Trainer:
             StoppedOnRequest: a signal asked for it; `latest` holds the state.
             UserError: the loss stays not finite, or a file cannot be written.
         """
-        if self.ranks.main:
-            self.log = RunLog(self.config, self.step)
-        with self.stop, self.log or nullcontext():
-            self._loop()
+        with self.stop:
+            if self.ranks.main:
+                forget_evaluations(Path(self.config.out, "log.jsonl"), self.evaluated)
+                self.log = RunLog(self.config, self.step)
+            with self.log or nullcontext():
+                self._loop()
         return self.scores
+
+    @property
+    def finished(self) -> bool:
+        """Whether every step is done, and the last one evaluated."""
+        return self.step >= self.total_steps and (self._evaluate is None or self.evaluated == self.step)
+
+    def _due(self) -> bool:
+        """Whether the present step ends with an evaluation."""
+        every = self.config.train.evaluate_every or self.epoch_steps
+        return self.step > 0 and (self.step % every == 0 or self.step >= self.total_steps)
 
     def _loop(self) -> None:
         train = self.config.train
-        every = train.evaluate_every or self.epoch_steps
         clock = Clock(self.total_steps, self.step)
         self.task.train()
         batches = self._batches()
-        if self.step and self.step % every == 0 and self.evaluated != self.step:
-            self.evaluate()  # a request to stop came before it
+        if self._due() and self.evaluated != self.step:
+            self.evaluate()  # it was given up, or a request to stop came before it
+            self.keep()
         while self.step < self.total_steps:
             micro, waited = self._next(batches)
             self._step(micro, self.meter)
@@ -123,35 +119,59 @@ class Trainer:
             self._check_finite(now=False)
             clock.step(self.config.data.batch_size, waited)
             last = self.step == self.total_steps
-            due = last or self.step % every == 0
             if self.step % train.log_every == 0 or last:
                 self._report(clock)
-                self.loader.check(self.ranks.gather)
+                with leaving_together(self.ranks, self._keep_at_fault):
+                    self.loader.check(self.ranks.gather)
                 release_freed_memory()  # batches of many sizes leave holes in the heap: it would grow to several times what a step needs
-            stopping = self.ranks.any(self.stop.made) and not last
-            if due and not stopping:
-                self.evaluate()
-                stopping = self.ranks.any(self.stop.made) and not last
-            if stopping or due or self.step % train.save_every == 0:
-                self.save("latest", with_state=True)
+            if last:
+                self._check_learned()
+            stopping = self.ranks.any(self.stop.made) and not self.finished
+            if stopping or self._due() or self.step % train.save_every == 0:
+                self.keep()  # before an evaluation, which takes long and may fail
                 clock.restart()
+            if self._due() and not stopping:
+                self.evaluate()
+                self.keep()
+                clock.restart()
+                stopping = self.ranks.any(self.stop.made) and not self.finished
             if stopping:
                 raise StoppedOnRequest
 
+    def leave(self) -> None:
+        """Between the batches of an evaluation, which is given up where someone asked to stop: a run that goes on begins with it. Every rank must
+        ask, equally often.
+
+        Raises:
+            StoppedOnRequest: on every rank; `latest` holds the step that is evaluated.
+        """
+        if self.ranks.any(self.stop.made):
+            raise StoppedOnRequest
+
+    def _keep_at_fault(self) -> None:
+        """Keeps the last step of a run that cannot go on."""
+        self.keep()
+        if self.step:
+            say(
+                f"step {self.step} is in {self.config.out}/latest; --resume auto goes on from it once the fault is mended."
+            )
+
+    def _check_learned(self) -> None:
+        """At the end of a run that has fewer steps than may be skipped in a row."""
+        if self.finite.skipped >= self.total_steps:
+            raise UserError(
+                f"none of the {self.total_steps} steps could be made, as the loss or its gradient was never a finite number: nothing was learned; "
+                f"log.jsonl has the keys of the images. {HINT}"
+            )
+
     def _batches(self) -> Iterator[Batch]:
-        """All batches to the end of training, epoch after epoch, from the present step on."""
-        accumulate = self.config.train.accumulate
-        step = self.step
-        while True:
-            epoch, start = divmod(step, self.epoch_steps)
-            yield from self.loader.iterate(epoch, start * accumulate, self.epoch_steps * accumulate)
-            self.loader.check(self.ranks.gather)  # an epoch may end without a line of the log
-            step = (epoch + 1) * self.epoch_steps
+        return batches_from(self.loader, self.step, self.epoch_steps, self.config.train.accumulate, self.ranks)
 
     def _next(self, batches: Iterator[Batch]) -> tuple[list[Batch], float]:
         start = time.perf_counter()
-        micro = [next(batches) for _ in range(self.config.train.accumulate)]
-        waited = time.perf_counter() - start
+        with leaving_together(self.ranks, self._keep_at_fault):
+            micro = [next(batches) for _ in range(self.config.train.accumulate)]
+            waited = time.perf_counter() - start
         return [batch.to(self.ranks.device) for batch in micro], waited
 
     def _step(self, micro: list[Batch], meter: Meter) -> None:
@@ -233,12 +253,17 @@ class Trainer:
             scores, value = self._evaluate(self.task)
         self.task.train()
         self.scores, self.evaluated = scores, self.step
-        improved = self.best is None or value > self.best
+        improved = value is not None and (self.best is None or value > self.best)
         if self.log is not None:
             self.log.write(kind="evaluation", step=self.step, scores=scores, selects=value, best=improved)
         if improved:
             self.best = value
             self.save("best", with_state=False)
+
+    def keep(self) -> None:
+        """Saves `latest` with the state, unless that is what it holds; every rank must ask. Raises as `save`."""
+        if self._kept != (self.step, self.evaluated):
+            self.save("latest", with_state=True)
 
     def save(self, name: str, with_state: bool) -> None:
         """Writes the checkpoint folder `name` of the run; every rank must ask.
@@ -261,6 +286,8 @@ class Trainer:
                 failure = error
         if self.ranks.any(failure is not None):
             raise failure or UserError(f"{name} could not be saved; the first rank says why.")
+        if with_state:
+            self._kept = (self.step, self.evaluated)
 
     def state(self) -> dict[str, Any]:
         """Everything that going on needs beside the settings; every rank must ask, as each has random numbers of its own."""
@@ -283,32 +310,6 @@ class Trainer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on from `state`.
-
-        Raises:
-            UserError: it belongs to a run of another length or of another model.
-        """
-        same = f"resume with the settings that it was started with ({self.config.out}/config.yaml), or start anew into another --out."
-        if state["total_steps"] != self.total_steps:
-            raise UserError(
-                f"the saved run has {state['total_steps']} steps in all, but these settings and data give {self.total_steps}; {same}"
-            )
-        try:
-            state = saved_state.fitted(state, self.task, self.averaging.averaged)
-            self.task.model.load_state_dict(state["model"])
-            if self.averaging.averaged is not None and state["averaged"] is not None:
-                self.averaging.averaged.load_state_dict(state["averaged"])
-            load_optimizer_state(self.task.model, self.optimizer, state["optimizer"], self.task.learned)
-            self.task.load_training_state(state["task"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"the saved run does not fit these settings ({reason}); {same}") from None
-        saved_state.restore_random_state(state["random"], self.ranks.rank, self.ranks.world, self.ranks.device)
-        self.step, self.best, self.scores = state["step"], state["best"], state["scores"]
-        self.evaluated = state.get("evaluated", self.step)
-        self.precision.load_state(state.get("precision", {}))
-        self.cost.per_sample = state.get("operations")
-        if "finite" in state:  # an older run's state has neither
-            self.finite.load_state(state["finite"])
-            if len(state["meter"]) == self.ranks.world:
-                self.meter.load_state(state["meter"][self.ranks.rank], self.ranks.device)
+        """Goes on from `state`; every rank must ask. Raises UserError where it belongs to another run."""
+        restore(self, state)
+        self._kept = (self.step, self.evaluated)
