@@ -1,7 +1,7 @@
 """What `vlm train` does."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from vlm.settings import config_to_yaml
 from vlm.settings_check import check_lengths
 from vlm.tasks.task import Task
 from vlm.train import distributed
+from vlm.train.data_order import STREAMS, data_order
 from vlm.train.distributed import Ranks
 from vlm.train.precision import settled
 from vlm.train.report import say
@@ -84,7 +85,7 @@ def _set_up(config: Config, ranks: Ranks, resume: bool) -> Trainer:
         )
     state = load_state(latest) if resuming else {}
     if resuming:
-        config = as_begun(config, out)
+        config = _streams_as_saved(as_begun(config, out), state)
     config = settled(config, ranks)
     # A state fits the model that it is of, whatever heads a new run would have.
     heads = load_metadata(latest)["model"]["heads"] if resuming else ()
@@ -97,8 +98,9 @@ def _set_up(config: Config, ranks: Ranks, resume: bool) -> Trainer:
             out / name, parts.config, model, tokenizer_json, scores, built.trained_on, built.answers, state
         )
 
+    order = data_order(config.data, config.seed, loader.streams, loader.sets)
     evaluation = _Evaluation(built, ranks) if built.held_out else None
-    trainer = Trainer(built.task, loader, config, ranks, evaluation, save)
+    trainer = Trainer(built.task, loader, config, ranks, evaluation, save, order)
     if evaluation is not None:
         evaluation.trainer = trainer
     torch.manual_seed(config.seed + 1000 * ranks.rank)
@@ -108,6 +110,14 @@ def _set_up(config: Config, ranks: Ranks, resume: bool) -> Trainer:
         replace_text(out / "config.yaml", config_to_yaml(config))
         introduce(parts, loader, trainer, ranks)
     return trainer
+
+
+def _streams_as_saved(config: Config, state: Mapping[str, Any]) -> Config:
+    """The settings with the streams that the saved run had, where they leave these open: what is chosen then depends on where the shards lie."""
+    saved = (state.get("order") or {}).get(STREAMS)
+    if config.data.streams is not None or saved is None:
+        return config
+    return replace(config, data=replace(config.data, streams=saved))
 
 
 class _Evaluation:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vlm.errors import UserError
 from vlm.files import replace_text
 from vlm.train import state as saved_state
+from vlm.train.data_order import check_order
 from vlm.train.optimizer import load_optimizer_state
 from vlm.train.report import read_json_lines
 
@@ -18,9 +19,10 @@ def restore(trainer: "Trainer", state: dict[str, Any]) -> None:
     """Makes `trainer` go on from `state`, which `Trainer.state` gave. Every rank must ask.
 
     Raises:
-        UserError: it belongs to a run of another length or of another model.
+        UserError: it belongs to a run of another order of samples, of another length or of another model.
     """
     task, averaged, ranks, out = trainer.task, trainer.averaging.averaged, trainer.ranks, trainer.config.out
+    check_order(state.get("order"), trainer.order, out)
     same = f"resume with the settings that it was started with ({out}/config.yaml), or start anew into another --out."
     if state["total_steps"] != trainer.total_steps:
         raise UserError(

@@ -38,7 +38,7 @@ class Trainer:
 
     evaluate: scores of the validation splits, with the value that selects the best checkpoint, None where none of them has it; it calls `leave` now
     and then. save: writes a checkpoint folder, the training state in it unless it is None. Both are given by the caller, who knows about tokenizers
-    and files.
+    and files. order: what the order of the samples depends on (`vlm.train.data_order`); None where nobody asks.
     """
 
     def __init__(
@@ -49,10 +49,11 @@ class Trainer:
         ranks: Ranks,
         evaluate: Callable[[Task], tuple[dict[str, Any], float | None]] | None,
         save: Callable[[str, nn.Module, dict[str, Any], dict[str, Any] | None], Path],
+        order: dict[str, Any] | None = None,
     ) -> None:
         self.task = task.to(ranks.device)
         self.loader, self.config, self.ranks = loader, config, ranks
-        self._evaluate, self._save = evaluate, save
+        self._evaluate, self._save, self.order = evaluate, save, order
         self.epoch_steps = loader.steps // config.train.accumulate
         if self.epoch_steps == 0:
             raise UserError(
@@ -295,6 +296,7 @@ class Trainer:
         return {
             "step": self.step,
             "total_steps": self.total_steps,
+            "order": self.order,
             "best": self.best,
             "evaluated": self.evaluated,
             "model": self.task.model.state_dict(),
