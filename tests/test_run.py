@@ -1,7 +1,8 @@
 """vlm/run.py: what the checkpoints of a run carry on from the one that it started from."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 
 from vlm.checkpoint import read_answers
 from vlm.cli import main
-from vlm.data.synthetic import write_scenes
+from vlm.data.shards import ShardWriter
+from vlm.data.synthetic import draw_scene, write_scenes
 from vlm.model.pretrained import load_metadata, read_weights
+from vlm.train.report import read_json_lines
 
 TINY = str(Path(__file__).parents[1] / "configs/pretrain/tiny.yaml")
 SMALL = ["--data.batch-size", "4", "--data.workers", "0", "--train.epochs", "0.5", "--data.splits.val"]
@@ -106,6 +109,63 @@ def test_unusable_settings_of_questions_are_refused(
     classify = str(Path(TINY).parents[1] / "finetune/vqa/tiny_classify.yaml")
     assert main(["train", classify, *given, "--out", str(tmp_path / "run"), *more]) == 2
     assert message in capsys.readouterr().err
+
+
+def write_questions(folder: Path, answered: Sequence[int] = (), bad: Sequence[int] = ()) -> str:
+    """Four pictures with a question each. answered: which of them have an answer. bad: those whose image is none."""
+    with ShardWriter(folder, folder.name) as writer:
+        for i in range(4):
+            scene, data = draw_scene(100 + i, 32), BytesIO()
+            scene.image.save(data, "PNG")
+            question = {"question_id": i, "question": "what color is it?"} | (
+                {"answers": ["red"]} if i in answered else {}
+            )
+            image = b"no image" if i in bad else data.getvalue()
+            writer.write(f"{folder.name}{i}", image, "png", questions=[question], image_id=i)
+    return str(folder)
+
+
+@pytest.fixture
+def question_run(checkpoint: Callable[..., Path], tmp_path: Path) -> list[str]:
+    """A run of four steps that is evaluated twice; the folders of data.splits.val follow."""
+    write_scenes(tmp_path / "scenes", 8, 4)
+    classify = str(Path(TINY).parents[1] / "finetune/vqa/tiny_classify.yaml")
+    given = ["--init-from", str(checkpoint()), "--data.splits.train", str(tmp_path / "scenes/train")]
+    given += ["--data.batch-size", "4", "--data.workers", "0", "--train.epochs", "2", "--train.evaluate-every", "2"]
+    return ["train", classify, *given, "--out", str(tmp_path / "run"), "--data.splits.val"]
+
+
+def test_questions_without_answers_cannot_choose_a_checkpoint(
+    question_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*question_run, write_questions(tmp_path / "testdev")]) == 2
+    said = capsys.readouterr().err
+    assert "data.splits.val: none of the questions of testdev has an answer" in said
+    assert "step 1" not in said
+    assert not (tmp_path / "run/latest").exists()
+
+
+def test_a_set_without_answers_does_not_count_beside_one_that_has_some(
+    question_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [write_questions(tmp_path / "testdev"), write_questions(tmp_path / "dev", answered=range(4))]
+    assert main([*question_run, *folders]) == 0
+    assert capsys.readouterr().err.count("testdev: none of its questions has an answer, so it does not count") == 1
+    lines = [line for line in read_json_lines(tmp_path / "run/log.jsonl") if line["kind"] == "evaluation"]
+    assert len(lines) == 2
+    assert all("accuracy" not in line["scores"]["testdev"] for line in lines)
+    assert all(line["selects"] == line["scores"]["dev"]["accuracy"] for line in lines)
+
+
+def test_answers_whose_images_cannot_be_read_choose_nothing(
+    question_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only the evaluation notices."""
+    assert main([*question_run, write_questions(tmp_path / "dev", answered=[3], bad=[3])]) == 0
+    lines = [line for line in read_json_lines(tmp_path / "run/log.jsonl") if line["kind"] == "evaluation"]
+    assert [(line["selects"], line["best"]) for line in lines] == [(None, False)] * 2
+    assert not (tmp_path / "run/best").exists()
+    assert "/best" not in capsys.readouterr().err
 
 
 def test_foreign_shards_of_one_name_are_not_trained_on_together(

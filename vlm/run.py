@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from vlm.data.batch import Batch
 from vlm.data.index import ShardSet
 from vlm.data.loader import Loader
 from vlm.data.places import check_sources
+from vlm.data.scan import scan
 from vlm.errors import ConfigError
 from vlm.evaluation import evaluate_loader, named, start
 from vlm.files import replace_text
@@ -192,8 +194,32 @@ def build_run(config: Config, ranks: Ranks, heads: Sequence[Head] = ()) -> Built
     trained_on = training_images(sets, config.init_from)
     for shards in held_out:
         check_held_out(trained_on, shards, config.data.allow_overlap)
+    if config.task == "vqa":
+        _check_answers(config, named(held_out))
     task = build_task(parts.config, parts, answers, sets)
     return BuiltRun(parts, task, training_loader(config, parts, sets, ranks), held_out, trained_on, answers)
+
+
+def _check_answers(config: Config, held_out: Mapping[str, ShardSet]) -> None:
+    """Of questions that nobody answered, as a test split's, nothing can be scored: such a set is shown but selects no checkpoint.
+
+    Raises:
+        ConfigError: there are only such sets.
+    """
+    batch = config.data.batch_size
+    images = -(-config.train.evaluate_images // batch) * batch  # as many as an evaluation reads
+    silent = [
+        name
+        for name, shards in held_out.items()
+        if not any(q.get("answers") for record in islice(scan([shards]), images) for q in record.questions)
+    ]
+    if silent and len(silent) == len(held_out):
+        raise ConfigError(
+            f"data.splits.val: none of the questions of {', '.join(silent)} has an answer (of the {images} images that an evaluation reads, "
+            "train.evaluate_images), so no checkpoint could be chosen; give a split with answers, or none at all."
+        )
+    for name in silent:
+        say(f"{name}: none of its questions has an answer, so it does not count in choosing the best checkpoint")
 
 
 def introduce(parts: Parts, loader: Loader, trainer: Trainer, ranks: Ranks) -> None:

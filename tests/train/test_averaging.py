@@ -66,6 +66,20 @@ def test_it_goes_on_from_its_state_as_if_never_stopped() -> None:
         assert torch.equal(a, b)
 
 
+def test_nothing_moves_in_a_step_that_was_not_taken() -> None:
+    """Though the average is on its way to the weights."""
+    module = model()
+    averaging = Averaging(module, 0.9)
+    walk(module, averaging, 3)
+    before = copy.deepcopy(averaging.best(module).state_dict())
+    assert not torch.equal(before["0.weight"], module.state_dict()["0.weight"])
+    averaging.update(module, torch.tensor(False))
+    after = averaging.best(module).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    walk(module, averaging, 1)
+    assert not torch.equal(before["0.weight"], averaging.best(module).state_dict()["0.weight"])
+
+
 def test_off_means_the_model_itself() -> None:
     module = model()
     averaging = Averaging(module, 0.0)

@@ -92,6 +92,18 @@ def test_the_longest_name_sets_the_rate_and_what_is_not_trained_is_left_out() ->
     assert rates == {0.1: 0.1, 0.25: 0.25, 0.5: 0.5, 1.0: 1.0}
 
 
+@pytest.mark.parametrize("betas", [(0.9, 0.98), (0.5, 0.6)])
+def test_the_moments_are_of_the_settings(betas: tuple[float, float]) -> None:
+    """After one step they are 1 - beta of the gradient and of its square."""
+    model = nn.Linear(3, 1)
+    optimizer = build_optimizer(model, OptimizerConfig(betas=betas))
+    model(torch.tensor([[1.0, 2.0, 3.0]])).sum().backward()
+    optimizer.step()
+    moments = optimizer.state[model.weight]
+    torch.testing.assert_close(moments["exp_avg"], (1 - betas[0]) * torch.tensor([[1.0, 2.0, 3.0]]))
+    torch.testing.assert_close(moments["exp_avg_sq"], (1 - betas[1]) * torch.tensor([[1.0, 4.0, 9.0]]))
+
+
 def test_an_unknown_part_names_the_parts() -> None:
     model = nn.ModuleDict({"image_encoder": nn.Linear(2, 2), "text": nn.Linear(2, 2)})
     with pytest.raises(ConfigError, match=r"lr_factors: no part is called 'vision'; .* image_encoder, text") as caught:
