@@ -194,3 +194,19 @@ def test_a_run_shorter_than_the_warm_up_reaches_the_peak_and_falls_again() -> No
     assert [factor(step) for step in range(10)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
     assert schedule(OptimizerConfig(warmup_steps=0), 10, 10)(0) == 1.0
     assert schedule(OptimizerConfig(warmup_steps=100), 1, 1)(0) == 1.0
+
+
+def test_the_warm_up_begins_at_the_rate_that_is_said() -> None:
+    """ALBEF's question answering: from 1e-5 to 2e-5 in equal steps; what comes after is as without."""
+    config = OptimizerConfig(lr=2.0e-5, warmup_steps=4, warmup_from=1.0e-5, schedule="linear", min_lr_factor=0.0)
+    factor = schedule(config, 20, 5)
+    assert [config.lr * factor(step) for step in range(4)] == pytest.approx([1.25e-5, 1.5e-5, 1.75e-5, 2.0e-5])
+    plain = schedule(OptimizerConfig(lr=2.0e-5, warmup_steps=4, schedule="linear", min_lr_factor=0.0), 20, 5)
+    assert [factor(step) for step in range(4, 21)] == [plain(step) for step in range(4, 21)]
+    assert schedule(OptimizerConfig(lr=1e-5, warmup_from=1e-4, warmup_steps=0), 20, 5)(0) == 1.0
+
+
+@pytest.mark.parametrize("start", [2.0e-5, -1.0e-6])
+def test_a_warm_up_that_would_go_down_is_refused(start: float) -> None:
+    with pytest.raises(ConfigError, match=r"warmup_from=.* is not between 0 and optimizer\.lr=1e-05; set it to 0"):
+        schedule(OptimizerConfig(lr=1.0e-5, warmup_from=start, warmup_steps=4), 20, 5)

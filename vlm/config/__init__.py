@@ -180,7 +180,9 @@ class OptimizerConfig:
     schedule: Literal["cosine", "step", "linear", "constant"] = "cosine"
     """Shape after the warm-up."""
     warmup_steps: int = 100
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up, the last of which has the peak rate."""
+    warmup_from: float = 0.0
+    """Rate that the warm-up starts from, of which its first step is one step above (ALBEF 1e-5, BLIP 1e-6); lr_factors multiply it too."""
     min_lr_factor: float = 0.01
     """Lowest rate as a share of the peak."""
     step_factor: float = 0.9

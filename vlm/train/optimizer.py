@@ -110,13 +110,21 @@ def _names(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> 
 
 
 def schedule(config: OptimizerConfig, total_steps: int, steps_per_epoch: int) -> Callable[[int], float]:
-    """The rate's factor at each step, from 0: linear warm-up, then cosine, linear, step (a factor an epoch) or constant, down to `min_lr_factor`."""
-    low = config.min_lr_factor
+    """The rate's factor at each step, from 0: linear warm-up, then cosine, linear, step (a factor an epoch) or constant, down to `min_lr_factor`.
+
+    Raises:
+        ConfigError: the warm-up would go down.
+    """
+    low, start = config.min_lr_factor, config.warmup_from / config.lr
     warmup = min(config.warmup_steps, max(1, total_steps // 2))
+    if warmup and not 0 <= start <= 1:
+        raise ConfigError(
+            f"optimizer.warmup_from={config.warmup_from:g} is not between 0 and optimizer.lr={config.lr:g}; set it to 0."
+        )
 
     def factor(step: int) -> float:
         if step < warmup:
-            return (step + 1) / warmup
+            return start + (1 - start) * (step + 1) / warmup
         progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
         if config.schedule == "cosine":
             return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
