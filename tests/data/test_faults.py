@@ -83,6 +83,24 @@ def test_every_fault_keeps_steps_and_shapes_and_is_counted(
         assert batch.answers.weight.tolist() == weights
 
 
+def test_each_epoch_counts_its_own(faulty_set: Callable[..., ShardSet], make_loader: MakeLoader) -> None:
+    loader = make_loader(faulty_set(SOME), batch_size=8)
+    for number in range(3):
+        batches = list(loader.iterate(number))
+        assert dict(loader.bad) == SOME_COUNTS
+        assert sum((Counter(b.filled) for b in batches), Counter()) == loader.bad
+
+
+def test_the_preceding_good_sample_may_lie_far_back(
+    faulty_set: Callable[..., ShardSet], make_loader: MakeLoader
+) -> None:
+    """Also where reading begins behind it, so that nothing holds it yet and there is a good one nearer ahead."""
+    bad = dict.fromkeys(set(range(1, 90)) - {75}, "no text")
+    settings = {"streams": 1, "shuffle_block": 1, "batch_size": 1, "max_bad_fraction": 1.0}
+    loader = make_loader(faulty_set(bad, samples=90, per_shard=90), **settings)
+    assert next(loader.iterate(0, 70)).keys == ["k000"]
+
+
 def test_a_slot_is_filled_by_the_preceding_good_sample_of_its_stream(
     faulty_set: Callable[..., ShardSet], make_loader: MakeLoader
 ) -> None:

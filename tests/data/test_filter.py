@@ -95,6 +95,20 @@ def test_a_caption_that_falls_leaves_the_others(cause: str, tmp_path: Path) -> N
         )
 
 
+def test_captions_of_just_as_many_words_as_are_allowed_stay(tmp_path: Path) -> None:
+    captions = [
+        "two words",
+        "now three words",
+        "now there are four",
+        "now there are five words",
+        "now there are no less than",
+    ]
+    write(tmp_path / "in", {"image": (encoded(noise(1)), captions, [])})
+    report = filter_shards(load_index(tmp_path / "in"), tmp_path / "out", Rules(min_words=3, max_words=5))
+    assert records(tmp_path / "out")["image"].captions == captions[1:4]
+    assert report.captions_dropped == {"caption too short": 1, "caption too long": 1}
+
+
 def test_small_and_odd_images_fall(tmp_path: Path) -> None:
     sizes = [(40, 100), (100, 40), (39, 100), (100, 39), (120, 40), (121, 40), (40, 121)]
     odd: Made = {f"{w}x{h}": (encoded(noise(w + h, w, h)), ["a caption here"], []) for w, h in sizes}

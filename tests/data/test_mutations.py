@@ -19,7 +19,7 @@ from vlm.data.collate import EncodedSample, EncodedText, SampleEncoder
 from vlm.data.images import decode_image
 from vlm.data.index import ShardInfo, ShardSet, load_index
 from vlm.data.loader import Loader
-from vlm.data.records import BadRecord, Record, ShardReader
+from vlm.data.records import BadRecord, Record, ShardReader, scan_shard
 from vlm.errors import UserError
 
 RECORDS = 12
@@ -199,6 +199,24 @@ def test_names_that_lead_elsewhere_and_links_write_and_read_nothing(limits: None
     with pytest.raises(BadRecord, match="neither a caption nor a question"):
         reader.read(path, "toy", 2)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_negative_size_does_not_lead_back(limits: None, tmp_path: Path) -> None:
+    """A header that follows itself would be read for ever."""
+
+    def member(name: str, size: int, data: bytes) -> bytes:
+        info = tarfile.TarInfo(name)
+        header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+        header[124:136] = b"%011o\0" % size if size >= 0 else (256**12 + size).to_bytes(12, "big")
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        return bytes(header) + data
+
+    path = tmp_path / "shard.tar"
+    path.write_bytes(member("a.jpg", 512, b"x" * 512) + member("b.jpg", -512, b"") + member("c.jpg", 512, b"x" * 512))
+    signal.alarm(10)
+    offsets, damage = scan_shard(path)
+    assert (list(offsets), damage) == ([0], "invalid header at byte 1024")
 
 
 def test_what_claims_or_holds_too_much_is_not_held_in_memory(limits: None, tmp_path: Path) -> None:

@@ -101,6 +101,14 @@ def test_each_record_is_drawn_as_often_as_any_other_and_mixtures_weigh_them(writ
         ResampledOrder([first, second], 1, 0, 4, 100, 10, [1.0])
 
 
+def test_each_draw_of_a_shard_takes_other_records(write_set: WriteSet) -> None:
+    """Of a shard that a block has no room for: neither the same in every stream nor in every block."""
+    order = ResampledOrder([write_set("large", 200, 200)], 0, 0, 8, 8 * 30, 3)
+    taken = {(s, b): frozenset(order.place(s, 3 * b + i).number for i in range(3)) for s in range(8) for b in range(10)}
+    assert all(len(records) == 3 for records in taken.values())
+    assert len(set(taken.values())) == len(taken)
+
+
 def test_a_second_draw_of_a_record_is_augmented_anew(uncounted: ShardSet, make_loader: MakeLoader) -> None:
     images: dict[str, set[str]] = {}
     for batch in make_loader(uncounted, declared=120).iterate(0):

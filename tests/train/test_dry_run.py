@@ -39,6 +39,7 @@ def test_it_shows_what_a_run_would_do(make_config: MakeConfig, capsys: pytest.Ca
     for line in ("images (4, 3, 32, 32) uint8", "image_ids (4,) int64", "texts.weight (4,) float32", "masked.ids (4, "):
         assert f"\n{line}" in said, line
     assert re.search(r"\n  scene\S+: 'a \w+ .*' \(\d+ tokens, prompt 1\)\n", said)
+    assert len(re.findall(r"\n  scene\S+: '", said)) == 4, "the texts of four images"
     assert "one step: contrastive/loss" in said
     assert re.search(r"\nit took \d+\.\d\d s", said)
     assert re.search(r"\n0\.\d+ GFLOP a sample, forward and backward", said)
