@@ -1,7 +1,7 @@
 """Captioning: values by hand, what is predicted, PyTorch's label smoothing, weights."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from math import exp, log
 from typing import Any
 
@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlm.data.batch import Batch
+from vlm.data.batch import Batch, target_positions
 from vlm.model.attention import CrossMemory
 from vlm.model.vision_language import ImageFeatures
-from vlm.objectives.captioning import Captioning, predicted
+from vlm.objectives.captioning import Captioning, Predictions, predicted
 from vlm.objectives.objective import Features
 
 MakeBatch = Callable[..., Batch]
@@ -34,9 +34,12 @@ def test_two_tokens_by_hand(heads: Any, make_batch: MakeBatch) -> None:
 
 
 def test_what_is_predicted(make_batch: MakeBatch) -> None:
-    texts = make_batch([[2, 5, 6, 7, 3], [2, 5, 6, 3, 0], [2, 5, 3, 0, 0]], lengths=[5, 4, 3], prompt=[1, 3, 3]).texts
-    # From each position whether the next token is predicted: all words and [SEP]; [SEP] alone; nothing.
-    assert predicted(texts.mask, texts.prompt).int().tolist() == [[1, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0]]
+    ids = [[2, 5, 6, 7, 3], [2, 5, 6, 3, 0], [2, 5, 3, 0, 0], [2, 5, 3, 0, 0]]
+    texts = make_batch(ids, lengths=[5, 4, 3, 3], prompt=[1, 3, 3, 0], weight=[1, 1, 1, 0.5]).texts
+    # From each position whether the next token is predicted: all words and [SEP]; [SEP] alone; nothing; never the first token.
+    expected = [[1, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0]]
+    assert predicted(texts.mask, texts.prompt).int().tolist() == expected
+    assert target_positions(texts.mask, texts.prompt, texts.weight).tolist() == [1, 2, 3, 4, 8, 16, 17]
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.3])
@@ -122,6 +125,33 @@ def test_captions_and_answers_are_learned_apart(heads: Any, make_batch: MakeBatc
         expected = Captioning(0.1, per="texts").loss(heads, [states[rows]], None, alone)  # type: ignore[arg-type]
         assert loss.sum == expected.sum
         assert loss.count == objective.count(mixed) == expected.count
+
+
+@pytest.mark.parametrize("of", ["captions", "answers", "all"])
+def test_labels_that_are_found_before_the_step_are_those_of_the_texts(
+    heads: Any, make_batch: MakeBatch, of: Any
+) -> None:
+    """In the loader, by `Batch.with_targets`; texts may then be lengthened and filled up."""
+    batch = make_batch(
+        [[2, 5, 6, 3, 0], [2, 6, 7, 8, 3], [2, 8, 3, 0, 0], [2, 9, 7, 3, 0], [2, 5, 9, 3, 0]],
+        lengths=[4, 5, 3, 4, 4],
+        prompt=[1, 3, 1, 2, 2],
+        weight=[1, 0.5, 1, 0, 0.25],
+        describes=[True, False, True, False, True],
+    )
+    batch = replace(batch, captions=torch.tensor([0, 2, 4]), questions=torch.tensor([1, 3]))
+    batch = replace(batch, sources=[{}, {"set_weight": 0.5}, {}, {}, {"set_weight": 3.0}])
+    known, objective = batch.with_targets(), Captioning(0.1, of=of)
+    assert known.with_targets() is known
+    assert batch.to("cpu").targets is not None  # a batch that no loader made has them before it reaches a device
+    states = torch.randn(8, 12, 10, dtype=torch.float64)
+    for changed in (lambda b: b, lambda b: b.lengthened(12, 0), lambda b: b.filled_up(8), lambda b: b.to("cpu")):
+        found, given = changed(batch), changed(known)
+        given = replace(given, texts=replace(given.texts, mask=given.texts.mask & False))  # it is not looked up again
+        output = states[: len(objective._rows(found)), : found.texts.ids.shape[1]]
+        one, two = (objective.predictions(heads, output, b) for b in (replace(found, targets=None), given))
+        assert len(one.labels) == {"captions": 3 + 2 + 2, "answers": 2, "all": 3 + 2 + 2 + 2}[of]
+        assert all(torch.equal(getattr(one, f.name), getattr(two, f.name)) for f in fields(Predictions))
 
 
 def test_a_batch_without_questions_asks_for_no_answers(heads: Any, make_batch: MakeBatch) -> None:

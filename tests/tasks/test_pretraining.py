@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.profiler import profile
 
 from vlm.config import ModelConfig, ObjectivesConfig
 from vlm.data.batch import Batch
-from vlm.data.samples import CaptionEncoder
+from vlm.data.samples import CaptionEncoder, JointEncoder, QuestionEncoder
 from vlm.errors import ConfigError
+from vlm.model import lengths
 from vlm.model.vision_language import VisionLanguageModel
 from vlm.tasks.pretraining import Pretraining, build_objectives
 
@@ -86,6 +88,46 @@ def test_one_objective_gives_alone_what_it_gives_beside_others(
         assert list(found) == [name]
         torch.testing.assert_close(found[name].sum, expected.sum, rtol=0, atol=1e-10)
         assert found[name].count == expected.count == task.counts(batch)[name]
+
+
+def test_nothing_waits_for_the_device(
+    scenes: Any, tiny_config: Callable[..., ModelConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of every objective but the rewards, which are counted on the processor, of a batch as the loader makes it."""
+    monkeypatch.setattr(lengths, "reads_lengths", lambda _: False)  # as on a GPU
+    settings = ObjectivesConfig(
+        masked_image=1.0, word_patch=0.1, captioning=1.0, answering=1.0, momentum=0.9, queue=6, easy_negatives=1.0
+    )
+    caption = CaptionEncoder(scenes.tokenizer, scenes.transform, True, masking_probability=0.3)
+    question = QuestionEncoder(scenes.tokenizer, scenes.transform, True, form="prompted")
+    batch = replace(scenes.batch(JointEncoder(caption, question)), hidden=torch.tensor([[0, 3]] * 4))
+    model = VisionLanguageModel(tiny_config(text={"vocab_size": scenes.tokenizer.vocab_size}))
+    task = Pretraining(model, settings).train()
+    task.prepare(2)
+    with profile() as profiled:
+        task.counts(batch)
+        losses = task(batch)
+        sum(loss.sum for loss in losses.values()).backward()  # type: ignore[union-attr]
+        task.after_step(torch.tensor(True))
+    assert len(losses) == 7
+    assert all(loss.count > 0 for loss in losses.values())
+    used = {event.name for event in profiled.events()}
+    assert {"aten::_foreach_lerp_", "aten::scatter_reduce", "aten::argmax"} <= used  # the profile sees what is done
+    waiting = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::masked_select"}
+    assert not used & waiting
+
+
+def test_the_temperature_is_clamped_before_the_teacher_averages_it(
+    tiny_model: Callable[..., VisionLanguageModel],
+) -> None:
+    task = Pretraining(tiny_model(), ObjectivesConfig(momentum=0.995))
+    assert task.teacher is not None
+    before = task.teacher.model.temperature.item()
+    with torch.no_grad():
+        task.model.temperature.fill_(0.9)
+    task.after_step()
+    assert task.model.temperature == 0.5
+    assert task.teacher.model.temperature.item() == pytest.approx(0.995 * before + 0.005 * 0.5, rel=1e-12)
 
 
 def test_micro_batches_add_up(tiny_model: Callable[..., VisionLanguageModel], batch: Batch) -> None:

@@ -1,7 +1,7 @@
 """The written contract between data and model.
 
 Letters: B images, T texts, L tokens of the longest text (rounded up to a multiple of 8), A answers, La tokens of the longest answer, M masked tokens,
-K hidden patches of an image.
+K hidden patches of an image, N predicted tokens.
 
 Every text is `[CLS] w1 .. wn [SEP]` followed by padding. Several texts may belong to one image and several answers to one question; the index
 tensors say which.
@@ -77,6 +77,33 @@ class Masked(_Tensors):
 
 
 @dataclass(frozen=True)
+class Targets(_Tensors):
+    """Where the tokens stand that are predicted from those before them, as `target_positions` finds them.
+
+    texts: (N,), among all texts. captions, questions: (N,), among the rows `Batch.captions` and `Batch.questions`; None where these are.
+    """
+
+    texts: Tensor
+    captions: Tensor | None
+    questions: Tensor | None
+
+
+def behind_prompt(mask: Tensor, prompt: Tensor) -> Tensor:
+    """(T, L) bool: tokens that are predicted from those before them, the first never. mask: (T, L). prompt: (T,)."""
+    position = torch.arange(mask.shape[1], device=mask.device)
+    return mask & (position >= prompt.clamp(min=1)[:, None])
+
+
+def target_positions(mask: Tensor, prompt: Tensor, weight: Tensor) -> Tensor:
+    """(N,) ascending indices into the flattened T x L of the predicted tokens of texts with weight. A GPU is waited for, as their number is its own.
+
+    mask: (T, L). prompt, weight: (T,).
+    """
+    wanted = behind_prompt(mask, prompt) & (weight > 0)[:, None]
+    return torch.arange(wanted.numel(), device=wanted.device)[wanted.flatten()]
+
+
+@dataclass(frozen=True)
 class Batch(_Tensors):
     """One step's data.
 
@@ -85,7 +112,7 @@ class Batch(_Tensors):
     with its id and answers): what evaluation and logs need.     filled: how many slots hold the preceding good sample because their own was bad, by
     cause. hidden: (B, K) int64, the patches of each image that     are hidden for masked image modelling, by number (row by row), ascending.
     captions, questions: (C,), (Q,) int64, the rows of the texts that     describe their image, and of those that ask; both None where no text asks.
-    The loader counts them, so that no step waits for the device.
+    The loader counts them, so that no step waits for the device. targets: for the same reason, of exactly these texts (None: looked up at each use).
     """
 
     images: Tensor
@@ -99,6 +126,7 @@ class Batch(_Tensors):
     hidden: Tensor | None = None
     captions: Tensor | None = None
     questions: Tensor | None = None
+    targets: Targets | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -111,6 +139,22 @@ class Batch(_Tensors):
         weights = [source.get(SET_WEIGHT, 1.0) for source in self.sources]
         return self.texts.weight * torch.tensor(weights, dtype=torch.float32).to(self.texts.weight.device)
 
+    def with_targets(self) -> Self:
+        """The same with targets; the batch itself where it has them."""
+        if self.targets is not None:
+            return self
+        mask, prompt, weight = self.texts.mask, self.texts.prompt, self.weight
+
+        def of(rows: Tensor | None) -> Tensor | None:
+            return None if rows is None else target_positions(mask[rows], prompt[rows], weight[rows])
+
+        targets = Targets(target_positions(mask, prompt, weight), of(self.captions), of(self.questions))
+        return replace(self, targets=targets)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch on `device`; the copy does not wait when the source is pinned. Targets are found before, while no device has to be asked."""
+        return self.with_targets()._map(lambda t: t.to(device, non_blocking=True))
+
     def lengthened(self, length: int, pad_id: int) -> "Batch":
         """The same with texts of `length` tokens, padded at their ends; the batch itself where that is their length."""
         more = length - self.texts.ids.shape[1]
@@ -120,12 +164,14 @@ class Batch(_Tensors):
         def wider(ids: Tensor, value: int) -> Tensor:
             return torch.nn.functional.pad(ids, (0, more), value=value)
 
+        def moved(positions: Tensor) -> Tensor:
+            return positions + torch.div(positions, length - more, rounding_mode="floor") * more
+
         texts = replace(self.texts, ids=wider(self.texts.ids, pad_id), mask=wider(self.texts.mask, 0))
-        masked = self.masked
+        masked, targets = self.masked, self.targets
         if masked is not None:
-            rows = torch.div(masked.positions, masked.ids.shape[1], rounding_mode="floor")
-            masked = replace(masked, ids=wider(masked.ids, pad_id), positions=masked.positions + rows * more)
-        return replace(self, texts=texts, masked=masked)
+            masked = replace(masked, ids=wider(masked.ids, pad_id), positions=moved(masked.positions))
+        return replace(self, texts=texts, masked=masked, targets=None if targets is None else targets._map(moved))
 
     def filled_up(self, count: int) -> "Batch":
         """The same with `count` texts: those that are missing repeat the last one, without weight, and describe nothing."""

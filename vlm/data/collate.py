@@ -107,7 +107,7 @@ def collate(
         hidden=torch.stack(hidden) if hidden else None,
         captions=torch.tensor(captions, dtype=torch.long) if questions else None,
         questions=torch.tensor(questions, dtype=torch.long) if questions else None,
-    )
+    ).with_targets()
     return batch.pin() if pin else batch
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlm.data.batch import Batch
+from vlm.data.batch import Batch, behind_prompt, target_positions
 from vlm.model.vision_language import VisionLanguageModel
 from vlm.objectives.objective import Features, Loss, Pass, exact
 
@@ -65,9 +65,8 @@ class Captioning:
 
     def predictions(self, model: VisionLanguageModel, output: Tensor, batch: Batch) -> Predictions:
         """Of a pass as requested, (R, L, D)."""
-        texts, rows = batch.texts, self._rows(batch)
-        given = (texts.ids[rows], texts.mask[rows], texts.prompt[rows], batch.weight[rows])
-        return predictions(model, output, *given)
+        rows = self._rows(batch)
+        return predictions(model, output, batch.texts.ids[rows], batch.weight[rows], self._targets(batch, rows))
 
     def judge(self, model: VisionLanguageModel, found: Predictions, features: Features, batch: Batch) -> Loss:  # noqa: ARG002
         """The loss of one pass's predictions."""
@@ -77,16 +76,29 @@ class Captioning:
     def _rows(self, batch: Batch) -> Tensor:
         """(R,) rows of the texts that are learned."""
         device = batch.texts.ids.device
-        if self.of == "all" or (self.of == "captions" and batch.captions is None):
+        if self._takes_all(batch):
             return torch.arange(len(batch.texts.ids), device=device)
         rows = batch.captions if self.of == "captions" else batch.questions
         return torch.empty(0, dtype=torch.long, device=device) if rows is None else rows
 
+    def _targets(self, batch: Batch, rows: Tensor) -> Tensor:
+        """(N,) where the labels stand in those rows, flattened."""
+        texts, targets = batch.texts, batch.targets
+        if targets is None:
+            return target_positions(texts.mask[rows], texts.prompt[rows], batch.weight[rows])
+        if self._takes_all(batch):
+            return targets.texts
+        found = targets.captions if self.of == "captions" else targets.questions
+        assert found is not None
+        return found
+
+    def _takes_all(self, batch: Batch) -> bool:
+        return self.of == "all" or (self.of == "captions" and batch.captions is None)
+
 
 def predicted(mask: Tensor, prompt: Tensor) -> Tensor:
     """(T, L - 1) bool: whether token t + 1 is predicted from position t. mask: (T, L). prompt: (T,)."""
-    target = torch.arange(1, mask.shape[1], device=mask.device)
-    return mask[:, 1:] & (target >= prompt[:, None])
+    return behind_prompt(mask, prompt)[:, 1:]
 
 
 def sequence_loss(
@@ -98,18 +110,23 @@ def sequence_loss(
     weight: Tensor,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sum of the predicted tokens' cross-entropies; how many were right; how many there were. See `predictions`."""
-    return cross_entropy(predictions(model, states, ids, mask, prompt, weight), label_smoothing)
+    """Weighted sum of the predicted tokens' cross-entropies; how many were right; how many there were.
+
+    states: (T, L, D) causal. ids, mask: (T, L). prompt, weight: (T,).
+    """
+    found = predictions(model, states, ids, weight, target_positions(mask, prompt, weight))
+    return cross_entropy(found, label_smoothing)
 
 
-def predictions(
-    model: VisionLanguageModel, states: Tensor, ids: Tensor, mask: Tensor, prompt: Tensor, weight: Tensor
-) -> Predictions:
-    """The head runs where a label is only. states: (T, L, D) causal. ids, mask: (T, L). prompt, weight: (T,)."""
-    wanted = predicted(mask, prompt) & (weight > 0)[:, None]
-    at_labels = states[:, :-1][wanted]
-    weights = weight[:, None].expand_as(wanted)[wanted]
-    return Predictions(at_labels, exact(model.language_logits(at_labels)), ids[:, 1:][wanted], weights)
+def predictions(model: VisionLanguageModel, states: Tensor, ids: Tensor, weight: Tensor, at: Tensor) -> Predictions:
+    """The head runs where a label is only. states: (T, L, D) causal. ids: (T, L). weight: (T,). at: (N,) where the labels stand in the flattened ids.
+
+    Each is predicted from the state before it, which is of the same text: no text's first token is a label.
+    """
+    at_labels = states.flatten(0, 1).index_select(0, at - 1)
+    rows = torch.div(at, ids.shape[1], rounding_mode="floor")
+    logits = exact(model.language_logits(at_labels))
+    return Predictions(at_labels, logits, ids.flatten().index_select(0, at), weight.index_select(0, rows))
 
 
 def cross_entropy(found: Predictions, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
