@@ -1,10 +1,10 @@
 """ONNX graphs say what the model says: for other sizes than those of the export, word by word and without PyTorch."""
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,24 @@ import torch
 from PIL import Image
 
 from vlm.cli import main
-from vlm.config import GenerationConfig
-from vlm.errors import CheckpointError, UserError
+from vlm.errors import CheckpointError, ConfigError, UserError
 from vlm.model.beam_search import beam_search
 from vlm.model.generation import Rules
+from vlm.model.limits import Limits
 from vlm.model.vision_language import VisionLanguageModel
 from vlm.onnx.export import _Decoder, _Image, export_onnx
 from vlm.onnx.search import search
 from vlm.predictor import Predictor
 
 MakeModel = Callable[..., VisionLanguageModel]
-PLAIN = GenerationConfig(beams=3, max_length=9, min_length=0)
 END = 3
 RULES: tuple[dict[str, Any], ...] = (
     {"min_length": 4},
     {"no_repeat_ngram": 2},
-    {"no_doubled_words": True},
+    {"no_doubled": True},
     {"banned": ((5,), (9, 5), (7, 7), (11,), (30, 12, 3))},
     {"repetition_penalty": 1.3, "length_penalty": 0.5, "min_length": 3},
+    {"min_length": 2, "length_penalty": 2.0, "endings": 9.0},  # all beams would end at once, and others should go on
 )
 FAMILY: dict[str, dict[str, Any]] = {
     "shared": {},
@@ -53,9 +53,10 @@ def test_the_search_equals_that_of_the_library(
     """With the decoder's step as it is exported, run by PyTorch in fp64."""
     model = tiny_model(**FAMILY[kind])
     assert model.language_head is not None
-    model.language_head.bias[END] += 4.0  # texts should end, some early
-    banned = rules.get("banned", ())
-    settings = replace(PLAIN, beams=beams, **{name: value for name, value in rules.items() if name != "banned"})
+    settings = {"endings": 4.0, "length_penalty": 1.0, **rules}
+    length_penalty = settings.pop("length_penalty")
+    model.language_head.bias[END] += settings.pop("endings")  # texts should end, some early
+    limits = Rules(end_id=END, max_length=9, **settings)
     tokens, memory = _Image(model, False, True)(torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8))
     start, step = [2, 7], _Decoder(model)
 
@@ -65,38 +66,52 @@ def test_the_search_equals_that_of_the_library(
 
     stack = model.text if model.decoder is None else model.decoder
     empty = np.zeros((5, 1, len(stack.layers), 2, 2, 0, 16))
-    found = search(stepped, start, empty, settings, END, banned)
-    expected = beam_search(
-        model,
-        model.memory(tokens, None, "decoder"),
-        torch.tensor([start] * 5),
-        None,
-        Rules(
-            end_id=END,
-            max_length=9,
-            min_length=settings.min_length,
-            repetition_penalty=settings.repetition_penalty,
-            no_repeat_ngram=settings.no_repeat_ngram,
-            no_doubled=settings.no_doubled_words,
-            banned=banned,
-        ),
-        beams,
-        settings.length_penalty,
-    )
+    found = search(stepped, start, empty, limits, beams, length_penalty)
+    seen, prompts = model.memory(tokens, None, "decoder"), torch.tensor([start] * 5)
+    expected = beam_search(model, seen, prompts, None, limits, beams, length_penalty)
     assert found == [text.ids for text in expected]
     assert len({tuple(ids) for ids in found}) > 1
+
+
+@pytest.mark.parametrize("rule", [{"no_doubled": True}, {"banned": ((1, 1),)}, {"no_repeat_ngram": 1}])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_row_with_no_token_left_ends(rule: dict[str, Any], beams: int) -> None:
+    """Of the end and one word the word may follow the end only, and the end is not allowed yet."""
+    limits = Limits(end_id=0, max_length=6, min_length=4, **rule)
+    assert (
+        search(lambda ids, cache: (np.zeros((*ids.shape[:2], 2)), cache), [0], np.zeros((3, 1)), limits, beams)
+        == [[1]] * 3
+    )
+
+
+def test_a_whole_length_penalty_may_be_large_for_long_texts() -> None:
+    """90 to the power of 10 is more than 64 bits hold as a whole number."""
+    limits, logits = Limits(end_id=0, max_length=90, min_length=89), np.array([1.0, 3.0, 2.0], dtype=np.float32)
+    for penalty in (10, 10.0):
+        assert search(
+            lambda ids, cache: (np.tile(logits, (*ids.shape[:2], 1)), cache), [1], np.zeros((1, 1)), limits, 2, penalty
+        ) == [[1] * 90]
+
+
+def _export(source: Path, out: Path) -> tuple[Path, Path]:
+    pytest.importorskip("onnxscript")
+    assert main(["export", str(source), "--out", str(out), "--onnx"]) == 0
+    return source, out
 
 
 @pytest.fixture(scope="module")
 def exported(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A checkpoint and its graphs."""
-    pytest.importorskip("onnxscript")
-    source, out = (
-        checkpoint("pretraining", prompt="a man", text={"layers": 1, "cross_attention": (0,)}),
-        tmp_path_factory.mktemp("onnx") / "graphs",
-    )
-    assert main(["export", str(source), "--out", str(out), "--onnx"]) == 0
-    return source, out
+    source = checkpoint("pretraining", prompt="a man", text={"layers": 1, "cross_attention": (0,)})
+    return _export(source, tmp_path_factory.mktemp("onnx") / "graphs")
+
+
+@pytest.fixture(scope="module")
+def exported_captioner(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """As a conversion of BLIP is: the decoder has its own first token, and the prompt is the captions' only."""
+    settings = {"text": {"layers": 1, "cross_attention": (0,)}, "first_token": {"decoder": 60}}
+    source = checkpoint("captioning", prompt="a red", **settings)
+    return _export(source, tmp_path_factory.mktemp("onnx") / "graphs")
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +120,12 @@ def pictures() -> list[Image.Image]:
     return [Image.fromarray(pixels).resize((40, 30)) for pixels in noise]
 
 
-def test_graphs_say_what_the_model_says(exported: tuple[Path, Path], pictures: list[Image.Image]) -> None:
+@pytest.mark.parametrize("kind", ["exported", "exported_captioner"])
+def test_graphs_say_what_the_model_says(request: pytest.FixtureRequest, kind: str, pictures: list[Image.Image]) -> None:
     pytest.importorskip("onnxruntime")
     from vlm.onnx.runner import OnnxRunner
 
-    source, out = exported
+    source, out = request.getfixturevalue(kind)
     predictor, runner = Predictor.load(source, "cpu"), OnnxRunner(out, threads=1)
     for beams in (1, 3):
         expected = [said.text for said in predictor.caption(pictures, beams=beams)]
@@ -117,9 +133,90 @@ def test_graphs_say_what_the_model_says(exported: tuple[Path, Path], pictures: l
         assert runner.caption(pictures, beams=beams) == expected
         assert runner.caption(pictures[:1], beams=beams) == expected[:1]
     np.testing.assert_allclose(runner.embed_images(pictures), predictor.embed_images(pictures), atol=1e-5)
-    texts = ["Two dogs!", "a man with a hat rides a brown horse on the green grass", "red"]
+    texts = ["Two dogs!", "a man with a hat rides a brown horse on the green grass", "red", "a red circle is left " * 8]
     for some in (texts, texts[:1]):
         np.testing.assert_allclose(runner.embed_texts(some), predictor.embed_texts(some), atol=1e-5)
+
+
+@pytest.fixture
+def say(exported: tuple[Path, Path], pictures: list[Image.Image]) -> Callable[..., list[str]]:
+    """say(kind, prompt="", **settings of generation): captions by the "library", or by the "runner" from the same checkpoint's graphs."""
+    pytest.importorskip("onnxruntime")
+    from vlm.onnx.runner import OnnxRunner
+
+    predictor, runner = Predictor.load(exported[0], "cpu"), OnnxRunner(exported[1], threads=1)
+    stored = runner.settings["generation"]
+
+    def run(kind: str, prompt: str = "", **settings: Any) -> list[str]:
+        if kind == "library":
+            return [said.text for said in predictor.caption(pictures, prompt=prompt, **settings)]
+        runner.settings["generation"] = stored | settings
+        runner.settings["text"]["prompt"] = prompt
+        return runner.caption(pictures)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_length": 48}, r"49 tokens do not fit max_positions=48; ask"),
+        ({"prompt": "a man and " * 20}, r"tokens do not fit max_positions=48; ask"),
+        ({"max_length": 0}, "max_length=0: give 0 <= min_length < max_length"),
+        ({"min_length": -3}, "min_length=-3 .* give 0 <= min_length < max_length"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be above 0"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty=-1.0 must be above 0"),
+        ({"repetition_penalty": math.nan}, "repetition_penalty=nan must be above 0"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty=inf .* give 1e-06 to 1e"),
+        ({"no_repeat_ngram": -1}, "no_repeat_ngram=-1 must not be negative"),
+        ({"banned_words": "red"}, r"banned_words is a single text, expected several; write \['red'\]"),
+        ({"banned_words": [" "]}, "has no letters"),
+        ({"beams": 0}, "beams=0: give at least 1"),
+        *(
+            ({"length_penalty": value}, f"length_penalty={value}: give -10 to 10")
+            for value in (400.0, -400.0, math.nan)
+        ),
+        ({"length_penalty": 400.0, "beams": 1}, "length_penalty=400.0: give -10 to 10"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["library", "runner"])
+def test_unusable_settings_are_refused_by_both(
+    say: Callable[..., list[str]], kind: str, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        say(kind, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_length": 47},  # behind [CLS], which is the 48th
+        {"max_length": 4, "min_length": 40},
+        {"banned_words": ["man", "brown horse"], "no_doubled_words": True},
+        *({"length_penalty": value, "beams": 4, "repetition_penalty": 1e6} for value in (-10.0, 10.0)),
+    ],
+    ids=str,
+)
+def test_usable_settings_say_the_same_in_both(say: Callable[..., list[str]], settings: dict[str, Any]) -> None:
+    said = say("library", **settings)
+    assert len(set(said)) > 1
+    assert say("runner", **settings) == said
+
+
+@pytest.mark.parametrize("kind", ["library", "runner"])
+def test_no_items_and_a_single_one(exported: tuple[Path, Path], kind: str) -> None:
+    pytest.importorskip("onnxruntime")
+    from vlm.onnx.runner import OnnxRunner
+
+    runs = Predictor.load(exported[0], "cpu") if kind == "library" else OnnxRunner(exported[1], threads=1)
+    assert runs.caption([]) == []
+    for embed in (runs.embed_images, runs.embed_texts):
+        found = np.asarray(embed([]))
+        assert (found.shape, found.dtype) == ((0, 16), np.float32)
+    for call in (runs.caption, runs.embed_images, runs.embed_texts):
+        with pytest.raises(TypeError, match=r"write \['ab'\]"):
+            call("ab")
 
 
 def test_it_runs_without_pytorch(exported: tuple[Path, Path], tmp_path: Path, pictures: list[Image.Image]) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vlm.config import GenerationConfig
@@ -22,14 +21,13 @@ from vlm.data.images import EvaluationTransform, decode_image
 from vlm.data.text import Tokenizer, clean_caption, tidy
 from vlm.errors import CheckpointError, ConfigError
 from vlm.hub import local_folder
+from vlm.inputs import ImageLike, refuse_single
 from vlm.model.generation import Generated
 from vlm.model.pretrained import CONFIG, TOKENIZER, load_pretrained
 from vlm.model.vision_language import TextFeatures, VisionLanguageModel
 
 if TYPE_CHECKING:
     from vlm.answering import Answerer
-
-ImageLike = str | Path | bytes | Image.Image
 
 
 @dataclass(frozen=True)
@@ -285,7 +283,7 @@ class Predictor:
     def _texts(self, texts: Sequence[str], batch_size: int) -> Iterator[TextFeatures]:
         from vlm.data.collate import pad
 
-        _refuse_single(texts)
+        refuse_single(texts)
         rows = [self.tokenizer.encode(clean_caption(text), self.max_tokens, self._text_prompt) for text in texts]
         for first in range(0, len(rows), batch_size):
             ids, mask = pad(rows[first : first + batch_size], self.tokenizer.pad_id)
@@ -295,15 +293,8 @@ class Predictor:
         return torch.stack([self.transform(decode_image(image)) for image in images]).to(self.model.device)
 
     def _batches(self, images: Sequence[ImageLike], size: int) -> Iterator[Tensor]:
-        _refuse_single(images)
+        refuse_single(images)
         return (self._tensor(images[first : first + size]) for first in range(0, len(images), size))
-
-
-def _refuse_single(items: object) -> None:
-    """A string is a sequence too, of its letters: nobody means that."""
-    if isinstance(items, str | bytes | Path | Image.Image):
-        shown = f"[{items!r}]" if isinstance(items, str | Path) else "[image]"
-        raise TypeError(f"got a single {type(items).__name__}, expected a list; write {shown}.")
 
 
 def _device(wanted: str | torch.device | None) -> torch.device:

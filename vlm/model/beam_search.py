@@ -22,6 +22,7 @@ from vlm.model.generation import (
     next_logits,
     read_prompt,
 )
+from vlm.model.limits import check_search
 
 
 @dataclass
@@ -89,10 +90,9 @@ def best_texts(
     """As `beam_search`, for each prompt the `count` best texts, best first: transformers' `num_return_sequences`. Fewer where there are no more.
 
     Raises:
-        ConfigError: unusable beams, or fewer than the texts asked for.
+        ConfigError: unusable beams or length_penalty, or fewer beams than the texts asked for.
     """
-    if beams < 1:
-        raise ConfigError(f"beams={beams}: give at least 1, which is greedy decoding.")
+    check_search(beams, length_penalty)
     if not 1 <= count <= beams:
         raise ConfigError(
             f"beams={beams} find at most {beams} texts, {count} were asked for; give beams={max(count, 1)}."
@@ -101,7 +101,8 @@ def best_texts(
         return [[text] for text in greedy(model, memory, ids, mask, rules)]
     if len(ids) == 0:
         return []
-    search = _Search(rules, beams, length_penalty, exhaustive, count)
+    # A float, as a length to a whole power may be more than an integer tensor holds.
+    search = _Search(rules, beams, float(length_penalty), exhaustive, count)
     logits, cache = read_prompt(model, memory, ids, mask, rules.max_length)
     prompts = torch.arange(len(ids), device=ids.device)
     first = prompts.repeat_interleave(beams)

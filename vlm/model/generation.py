@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vlm.errors import ConfigError
 from vlm.model.attention import CrossMemory
+from vlm.model.limits import Limits
 from vlm.model.text_cache import TextCache
 
 
@@ -68,34 +68,8 @@ class Generated:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rules:
-    """What a produced text must keep to. The penalties count the prompt's tokens too, as transformers does.
-
-    end_id: the token that ends a text ([SEP]). max_length: most tokens produced, the end included. min_length: tokens before the end is allowed.
-    repetition_penalty: divides the score of a token already used where it is positive, multiplies it where negative (Keskar et al. 2019; 1: none).
-    no_repeat_ngram: no n-gram of this size occurs twice (0: allowed). no_doubled: no token right after itself (`decoding_constraint` of
-    github.com/ruotianluo/ImageCaptioning.pytorch). banned: sequences of tokens that do not occur. A row with no token left may only end.
-    """
-
-    end_id: int
-    max_length: int
-    min_length: int = 0
-    repetition_penalty: float = 1.0
-    no_repeat_ngram: int = 0
-    no_doubled: bool = False
-    banned: tuple[tuple[int, ...], ...] = ()
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.min_length < self.max_length:
-            raise ConfigError(
-                f"min_length={self.min_length} and max_length={self.max_length}: give 0 <= min_length < max_length."
-            )
-        if self.repetition_penalty <= 0:
-            raise ConfigError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1 is none.")
-        if self.no_repeat_ngram < 0:
-            raise ConfigError(f"no_repeat_ngram={self.no_repeat_ngram} must not be negative; 0 allows repetition.")
-        if not all(self.banned):
-            raise ConfigError("banned holds a sequence without tokens, which would ban every text; leave it out.")
+class Rules(Limits):
+    """Limits that tensors of scores are kept to."""
 
     @cached_property
     def _endings(self) -> list[tuple[Tensor, Tensor]]:

@@ -10,6 +10,7 @@ Letters: B images, S side in pixels, n beams, L new tokens, N images or texts, E
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from vlm.data.images import decode_image
 from vlm.data.spellings import spellings
 from vlm.data.text import Tokenizer, clean_caption, tidy
 from vlm.errors import CheckpointError, ConfigError, UserError
+from vlm.inputs import ImageLike, refuse_single
+from vlm.model.limits import Limits, check_search
 from vlm.onnx.search import search
-
-ImageLike = str | Path | bytes | Image.Image
 
 
 class OnnxRunner:
@@ -63,16 +64,18 @@ class OnnxRunner:
         """One caption for each image; beams: in place of the checkpoint's, 1 is greedy.
 
         Raises:
-            BadImage: an image cannot be used. CheckpointError: the checkpoint makes no captions. ConfigError: an unusable number of beams.
+            BadImage: an image cannot be used. CheckpointError: the checkpoint makes no captions. ConfigError: unusable beams, or an unusable setting.
         """
         self._need("decoder", "make captions")
         names = {field.name for field in fields(GenerationConfig)}
         stored = {name: value for name, value in (self.settings.get("generation") or {}).items() if name in names}
         settings = GenerationConfig(**(stored | ({} if beams is None else {"beams": beams})))
-        if settings.beams < 1:
-            raise ConfigError(f"beams={settings.beams}: give at least 1, which is greedy decoding.")
+        check_search(settings.beams, settings.length_penalty)
+        limits = Limits.of(settings, self.tokenizer.sep_id, partial(spellings, self.tokenizer))
         start = self._start()
-        banned = [ids for words in settings.banned_words for ids in spellings(self.tokenizer, words)]
+        longest, positions = len(start) + limits.max_length, self.shapes["max_positions"]
+        if longest > positions:
+            raise ConfigError(f"{longest} tokens do not fit max_positions={positions}; ask for at most that many.")
         found: list[list[int]] = []
         for batch in self._batches(images, batch_size):
             memory = self._run("image", ["memory"], images=batch)[0]
@@ -83,7 +86,7 @@ class OnnxRunner:
                 logits, grown = self._run("decoder", ["logits", "new_cache"], ids=ids, cache=cache, memory=memory)
                 return logits, grown
 
-            found += search(step, start, empty, settings, self.tokenizer.sep_id, banned)
+            found += search(step, start, empty, limits, settings.beams, settings.length_penalty)
         return [tidy(self.tokenizer.decode(ids)) for ids in found]
 
     def embed_images(self, images: Sequence[ImageLike], batch_size: int = 16) -> NDArray:
@@ -93,8 +96,9 @@ class OnnxRunner:
             BadImage: an image cannot be used. CheckpointError: the checkpoint has no contrastive head.
         """
         self._need("text", "embed images")
+        batches = self._batches(images, batch_size)
         return np.concatenate(
-            [self._run("image", ["image_embedding"], images=batch)[0] for batch in self._batches(images, batch_size)]
+            [self._no_embeddings(), *(self._run("image", ["image_embedding"], images=batch)[0] for batch in batches)]
         )
 
     def embed_texts(self, texts: Sequence[str]) -> NDArray:
@@ -104,6 +108,9 @@ class OnnxRunner:
             CheckpointError: the checkpoint has no contrastive head.
         """
         self._need("text", "embed texts")
+        refuse_single(texts)
+        if len(texts) == 0:
+            return self._no_embeddings()
         settings = self.settings.get("text", {})
         prompt = settings.get("prompt", "") if self.settings.get("task") == "pretraining" else ""
         rows = [self.tokenizer.encode(clean_caption(text), settings.get("max_tokens", 32), prompt) for text in texts]
@@ -112,6 +119,11 @@ class OnnxRunner:
             row[: len(tokens)] = tokens
         mask = np.arange(ids.shape[1]) < np.array([len(tokens) for tokens in rows])[:, None]
         return self._run("text", ["text_embedding"], ids=ids, mask=mask)[0]
+
+    def _no_embeddings(self) -> NDArray:
+        """(0, E)."""
+        (output,) = self.graphs["text"].get_outputs()
+        return np.empty((0, output.shape[1]), dtype=np.float32)
 
     def _start(self) -> list[int]:
         """What captions continue: the prompt behind the decoder's own first token."""
@@ -132,9 +144,12 @@ class OnnxRunner:
 
     def _batches(self, images: Sequence[ImageLike], size: int) -> Iterator[NDArray]:
         """uint8 (B, 3, S, S), squashed to the square as `vlm.data.images.EvaluationTransform` does it."""
+        refuse_single(images)
         side = (self.shapes["image_size"],) * 2
-        for first in range(0, len(images), size):
-            squares = [
-                decode_image(image).resize(side, Image.Resampling.BICUBIC) for image in images[first : first + size]
-            ]
-            yield np.stack([np.asarray(square).transpose(2, 0, 1) for square in squares])
+
+        def square(image: ImageLike) -> NDArray:
+            return np.asarray(decode_image(image).resize(side, Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+
+        return (
+            np.stack([square(image) for image in images[first : first + size]]) for first in range(0, len(images), size)
+        )

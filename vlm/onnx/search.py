@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm.config import GenerationConfig
+from vlm.model.limits import Limits
 
 Step = Callable[[NDArray, NDArray], tuple[NDArray, NDArray]]
 """New tokens (B, n, L) and a cache (B, n, ...) to logits (B, n, V) of the token after them, and the cache with them."""
@@ -19,21 +19,19 @@ def search(
     step: Step,
     start: Sequence[int],
     cache: NDArray,
-    settings: GenerationConfig,
-    end_id: int,
-    banned: Sequence[Sequence[int]] = (),
+    limits: Limits,
+    beams: int,
+    length_penalty: float = 1.0,
 ) -> list[list[int]]:
-    """The tokens, without the end, of the best text of each prompt. start: what all texts continue. cache: the empty one, (B, 1, ...). banned:
-    sequences of tokens that do not occur.
-    """
-    rows, beams = len(cache), settings.beams
+    """The tokens, without the end, of the best text of each prompt. start: what all texts continue. cache: the empty one, (B, 1, ...)."""
+    rows = len(cache)
     ids = np.tile(np.array(start, dtype=np.int64), (rows, 1, 1))
     logits, cache = step(ids, cache)
     history, logits, cache = (np.repeat(part, beams, axis=1) for part in (ids, logits, cache))
-    state = _Search(rows, settings, end_id, banned)
-    for produced in range(settings.max_length):
+    state = _Search(rows, limits, beams, length_penalty)
+    for produced in range(limits.max_length):
         parents, tokens = state.advance(logits, history, produced)
-        if state.done.all() or produced + 1 == settings.max_length:
+        if state.done.all() or produced + 1 == limits.max_length:
             break
         history = np.concatenate([np.take_along_axis(history, parents[..., None], 1), tokens[..., None]], axis=2)
         logits, cache = step(tokens[..., None], cache[np.arange(rows)[:, None], parents])
@@ -48,10 +46,13 @@ class _Search:
     what it is compared by.
     """
 
-    def __init__(self, rows: int, settings: GenerationConfig, end_id: int, banned: Sequence[Sequence[int]]) -> None:
-        self.settings, self.end_id, self.banned = settings, end_id, banned
-        self.tokens = np.zeros((rows, settings.beams, 0), dtype=np.int64)
-        self.scores = np.full((rows, settings.beams), -math.inf, dtype=np.float32)
+    def __init__(self, rows: int, limits: Limits, beams: int, length_penalty: float) -> None:
+        self.limits, self.beams = limits, beams
+        self.length_penalty = float(
+            length_penalty
+        )  # a length to a whole power may be more than an array's integers hold
+        self.tokens = np.zeros((rows, beams, 0), dtype=np.int64)
+        self.scores = np.full((rows, beams), -math.inf, dtype=np.float32)
         self.scores[:, 0] = 0.0
         self.done = np.zeros(rows, dtype=bool)
         self.ended: list[list[tuple[float, list[int]]]] = [[] for _ in range(rows)]
@@ -67,8 +68,8 @@ class _Search:
         index = np.argsort(-flat, axis=1, kind="stable")[:, : 2 * beams]
         scores, parent, token = np.take_along_axis(flat, index, 1), index // vocabulary, index % vocabulary
         grown = np.concatenate([np.take_along_axis(self.tokens, parent[..., None], 1), token[..., None]], axis=2)
-        ends = token == self.end_id
-        length = (produced + 1) ** self.settings.length_penalty
+        ends = token == self.limits.end_id
+        length = (produced + 1) ** self.length_penalty
         for row in np.flatnonzero(~self.done).tolist():
             self._finish(row, scores[row] / length, grown[row], ends[row])
         going = np.where(ends, -math.inf, scores)
@@ -81,9 +82,9 @@ class _Search:
 
     def _finish(self, row: int, scores: NDArray, grown: NDArray, ends: NDArray) -> None:
         """Adds those of the first n candidates that end here. scores: (2 n,). grown: (2 n, produced + 1)."""
-        beams, produced = self.settings.beams, grown.shape[1] - 1
+        beams, produced = self.beams, grown.shape[1] - 1
         for place in range(min(beams, len(scores))):
-            over = produced + 1 == self.settings.max_length
+            over = produced + 1 == self.limits.max_length
             if (ends[place] or over) and scores[place] > -math.inf:
                 self.ended[row].append((float(scores[place]), grown[place, : produced + (not ends[place])].tolist()))
         self.ended[row].sort(key=lambda text: -text[0])
@@ -91,28 +92,28 @@ class _Search:
 
     def _ruled(self, scores: NDArray, history: NDArray, produced: int) -> NDArray:
         """Scores (B, n, V) with -inf where a token is forbidden, as `vlm.model.generation.Rules.apply`."""
-        settings = self.settings
-        scores, size, penalty = scores.copy(), settings.no_repeat_ngram, settings.repetition_penalty
+        limits = self.limits
+        scores, size, penalty = scores.copy(), limits.no_repeat_ngram, limits.repetition_penalty
         if penalty != 1:
             used = np.take_along_axis(scores, history, 2)
             np.put_along_axis(scores, history, np.where(used < 0, used * penalty, used / penalty), 2)
-        allowed_end = scores[..., self.end_id].copy()
+        allowed_end = scores[..., limits.end_id].copy()
         if size and history.shape[2] >= size:
             windows = np.lib.stride_tricks.sliding_window_view(history, size, axis=2)  # (B, n, N - size + 1, size)
             repeats = (windows[..., :-1] == history[:, :, None, history.shape[2] - size + 1 :]).all(-1)
             row, beam, at = repeats.nonzero()
             scores[row, beam, windows[row, beam, at, -1]] = -math.inf
-        if settings.no_doubled_words and history.shape[2]:
+        if limits.no_doubled and history.shape[2]:
             np.put_along_axis(scores, history[..., -1:], -math.inf, 2)
-        for *begin, last in self.banned:
+        for *begin, last in limits.banned:
             if history.shape[2] >= len(begin):
                 met = (history[:, :, history.shape[2] - len(begin) :] == np.array(begin, dtype=np.int64)).all(-1)
                 scores[..., last][met] = -math.inf
-        if produced < min(settings.min_length, settings.max_length - 1):
-            scores[..., self.end_id] = -math.inf
-        if size or settings.no_doubled_words or self.banned:
+        if produced < limits.min_length:
+            scores[..., limits.end_id] = -math.inf
+        if size or limits.no_doubled or limits.banned:
             stuck = np.isneginf(scores).all(-1)
-            scores[..., self.end_id] = np.where(stuck, allowed_end, scores[..., self.end_id])
+            scores[..., limits.end_id] = np.where(stuck, allowed_end, scores[..., limits.end_id])
         return scores
 
 
