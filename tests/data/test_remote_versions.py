@@ -318,7 +318,7 @@ def test_attempts_that_come_no_further_are_counted(
     assert len(server.asked) == 3
 
 
-@pytest.mark.parametrize("name", ["a b.tar", "ü.tar", "100%25.tar", "a+b.tar"])
+@pytest.mark.parametrize("name", ["a b.tar", "ü.tar", "a#1.tar", "100%25.tar", "a+b.tar"])
 def test_names_that_no_address_may_hold_are_quoted(
     server: Server, cache: CacheConfig, contents: tuple[bytes, bytes], name: str
 ) -> None:
@@ -327,7 +327,7 @@ def test_names_that_no_address_may_hold_are_quoted(
     shard = ShardSet(f"{server.url}/my set", "s", (info,), cache).locate(info)
     assert isinstance(shard, RemoteShard)
     assert content(shard) == contents[0]
-    quoted = {"a b.tar": "a%20b.tar", "ü.tar": "%C3%BC.tar"}.get(name, name)
+    quoted = {"a b.tar": "a%20b.tar", "ü.tar": "%C3%BC.tar", "a#1.tar": "a%231.tar"}.get(name, name)
     assert server.asked[0][0] == f"/my%20set/{quoted}"
 
 

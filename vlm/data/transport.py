@@ -25,7 +25,7 @@ from vlm.data.versions import Version
 
 CHUNK = 2**18
 SLOWEST = 1024  # bytes a second, over a whole timeout; a server that drips more slowly has stalled
-IN_URLS = "!#$%&'()*+,/:;=?@[]~"  # beside letters, digits and -._, all that an address may hold as it is
+IN_URLS = "!$%&'()*+,/:;=?@[]~"  # beside letters, digits and -._, all that an address may hold as it is
 CHANGES = (
     "ETag",
     "etag",
@@ -188,8 +188,11 @@ def _open_http(url: str, start: int, version: Version, timeout: float) -> _Opene
 
 
 def _quoted(url: str) -> str:
-    """An address with blanks and letters beyond ASCII, as browsers send it; what is quoted already stays."""
-    parts = urlsplit(url)
+    """An address with blanks and letters beyond ASCII, as browsers send it; what is quoted already stays.
+
+    A # belongs to a shard's name: what it means elsewhere, a place in a page, is never sent to a server.
+    """
+    parts = urlsplit(url.replace("#", "%23"))
     return parts._replace(path=quote(parts.path, IN_URLS), query=quote(parts.query, IN_URLS)).geturl()
 
 
