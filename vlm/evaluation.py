@@ -17,6 +17,7 @@ from vlm.checkpoint import read_answers, read_trained_on
 from vlm.config import Config
 from vlm.data.index import ShardSet
 from vlm.data.loader import Loader
+from vlm.data.official import in_server_form
 from vlm.data.text import Tokenizer
 from vlm.errors import UserError
 from vlm.evaluation_vqa import AnswersEvaluation, counting_baselines
@@ -152,8 +153,10 @@ def evaluate(
                 say(f"95 % intervals, {name}: " + ", ".join(told))
         report = answers.finish(found, scores, ranks.main)
         if ranks.main:
-            predictions = [prediction for records in found.values() for prediction in task.official(records)]
-            predictions += answers.unanswered(named(held_out), found, scores)
+            predictions: list[Record] = []
+            for name, shards in named(held_out).items():
+                own = [*task.official(found[name]), *answers.unanswered(shards, found[name], scores[name])]
+                predictions += in_server_form(own, shards.root)
             results = {
                 "split": split,
                 "checkpoint": str(checkpoint),

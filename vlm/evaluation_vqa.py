@@ -115,17 +115,13 @@ class AnswersEvaluation:
                     say(f"{name}, by {key.replace('_', ' ')}:\n{table(found)}")
         return {"by_" + key: found for key, found in types.items()} | {"reliability": bins}
 
-    def unanswered(
-        self, sets: Mapping[str, ShardSet], records: Mapping[str, list[Record]], scores: Mapping[str, Mapping[str, Any]]
-    ) -> list[Record]:
-        """Empty answers to the questions about images that were left out: an evaluation server wants an answer to every question."""
-        missing: list[Record] = []
-        for name, shards in sets.items():
-            if self.task is None or not scores[name].get("left_out"):
-                continue
-            answered = {r["question_id"] for r in records[name]}
-            asked = (q["question_id"] for record in scan([shards]) for q in record.questions)
-            missing += [{"question_id": key, "answer": ""} for key in asked if key not in answered]
+    def unanswered(self, shards: ShardSet, records: Sequence[Record], scores: Mapping[str, Any]) -> list[Record]:
+        """Empty answers to a set's questions about images that were left out: an evaluation server wants an answer to every question."""
+        if self.task is None or not scores.get("left_out"):
+            return []
+        answered = {r["question_id"] for r in records}
+        asked = (q["question_id"] for record in scan([shards]) for q in record.questions)
+        missing = [{"question_id": key, "answer": ""} for key in asked if key not in answered]
         if missing:
             say(f"{len(missing)} questions about images that were left out get an empty answer in predictions.json")
         return missing

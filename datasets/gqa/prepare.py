@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm.data.official import add_leave_out, files_here, read_coco_splits, read_left_out
+from vlm.data.official import add_leave_out, files_here, name_server_form, read_coco_splits, read_left_out
 from vlm.data.prepare import LeftOut, Photograph, read_json, require, run, shard_key, write_splits
 from vlm.data.references import question
 from vlm.errors import UserError
@@ -65,7 +65,9 @@ def prepare(args: argparse.Namespace) -> None:
                 shard_key(image), folder / f"{image}.jpg", identity(image), questions=tuple(questions)
             )
             splits[split].append(photograph)
-    write_splits(args.out, "visual_genome", splits, left_out, args.samples_per_shard, IMAGES)
+    written = write_splits(args.out, "visual_genome", splits, left_out, args.samples_per_shard, IMAGES)
+    for split in (split for split, photographs in written.items() if photographs):
+        name_server_form(args.out / split, {"question_id": "questionId", "answer": "prediction"})
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

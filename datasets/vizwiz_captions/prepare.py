@@ -3,11 +3,14 @@
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlm.data.official import files_here, read_coco_captions
+from vlm.data.official import files_here, name_server_form, read_coco_captions
 from vlm.data.prepare import LeftOut, Photograph, require, run, shard_key, write_splits
+from vlm.data.references import caption_references
+from vlm.files import write_json
 
 PAGE = "https://vizwiz.org/tasks-and-datasets/image-captioning/"
 CAPTIONS = f"annotations.zip from {PAGE} (extract into annotations/)"
@@ -26,13 +29,27 @@ def prepare(args: argparse.Namespace) -> None:
 
     files = files_here({s: args.source / "annotations" / f"{s}.json" for s in ("train", "val")}, CAPTIONS)
     splits = {}
+    numbers: dict[str, int] = {}
     for split, path in files.items():
         folder = require(args.source / split, IMAGES)
+        listed = read_coco_captions(path, CAPTIONS, unusable)
+        numbers |= {Path(name).stem: image["id"] for name, image, _ in listed}
         splits[split] = [
             Photograph(shard_key(Path(name).stem), folder / name, Path(name).stem, captions)
-            for name, _, captions in read_coco_captions(path, CAPTIONS, unusable)
+            for name, _, captions in listed
         ]
-    write_splits(args.out, "vizwiz", splits, left_out, args.samples_per_shard, IMAGES)
+    written = write_splits(args.out, "vizwiz", splits, left_out, args.samples_per_shard, IMAGES)
+    if written["val"]:
+        name_server_ids(args.out, written["val"], numbers)
+
+
+def name_server_ids(out: Path, photographs: Sequence[Photograph], numbers: Mapping[str, int]) -> None:
+    """Give val's references and predictions the server's numbers. The records keep the names, which the question set knows these photographs by."""
+    name_server_form(out / "val", {}, {p.path.stem: numbers[p.path.stem] for p in photographs})
+    references = caption_references([replace(p, image_id=numbers[p.path.stem]) for p in photographs])
+    for image, photograph in zip(references["images"], photographs, strict=True):
+        image["file_name"] = photograph.path.name
+    write_json(out / "val_references.json", references)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm.data.official import files_here
+from vlm.data.official import files_here, name_server_form
 from vlm.data.prepare import LeftOut, Photograph, read_json, require, run, shard_key, write_splits
 from vlm.data.references import question
 from vlm.errors import UserError
@@ -33,7 +33,9 @@ def photographs(path: Path, folder: Path) -> list[Photograph]:
 def prepare(args: argparse.Namespace) -> None:
     files = files_here({s: args.source / "Annotations" / f"{s}.json" for s in ("train", "val", "test")}, QUESTIONS)
     splits = {split: photographs(path, require(args.source / split, IMAGES)) for split, path in files.items()}
-    write_splits(args.out, "vizwiz", splits, LeftOut(), args.samples_per_shard, IMAGES)
+    written = write_splits(args.out, "vizwiz", splits, LeftOut(), args.samples_per_shard, IMAGES)
+    for split in (split for split, photographs in written.items() if photographs):
+        name_server_form(args.out / split, {"question_id": "image"})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,9 @@
-"""Official files whose form several recipes share: Karpathy's splits, COCO's captions, a file for each split, and what must not be trained on."""
+"""Official files whose form several recipes share: Karpathy's splits, COCO's captions, a file for each split, what must not be trained on, and in
+which form a data set's server takes predictions.
+"""
 
 import argparse
+import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -11,8 +14,10 @@ from typing import Any
 from vlm.data.prepare import read_json
 from vlm.data.references import read_image_ids
 from vlm.errors import UserError
+from vlm.files import write_json
 
 CAPTION_DATASETS = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
+SERVER = "server"  # of an index.json: `name_server_form`
 KARPATHY = "caption_datasets.zip of Karpathy and Fei-Fei (file {name})"
 
 
@@ -100,3 +105,29 @@ def add_leave_out(parser: argparse.ArgumentParser, example: str) -> None:
 def read_left_out(paths: Iterable[Path]) -> set[int | str]:
     """The ids of all photographs that the files of --leave-out name."""
     return {image_id for path in paths for image_id in read_image_ids(path)}
+
+
+def name_server_form(folder: Path, names: Mapping[str, str], image_ids: Mapping[str, int] | None = None) -> None:
+    """Say in the index of these shards in which form the data set's server takes predictions, for `in_server_form`.
+
+    names: what it calls VQA's "question_id" and "answer". image_ids: by the records' image id the number that it knows the image by.
+    """
+    path = folder / "index.json"
+    form = {"names": dict(names), "image_ids": dict(image_ids or {})}
+    write_json(path, json.loads(path.read_bytes()) | {SERVER: form})
+
+
+def in_server_form(predictions: Iterable[dict[str, Any]], root: str) -> list[dict[str, Any]]:
+    """Predictions in VQA's or COCO's form, in the form that the index of their shards names.
+
+    They stay as they are where it names none, as of shards that were written before, joined, or are at an address.
+    """
+    try:
+        form = json.loads((Path(root) / "index.json").read_bytes())[SERVER]
+        names, numbers = form["names"], form["image_ids"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return list(predictions)
+    return [
+        {names.get(k, k): numbers.get(v, v) if k == "image_id" else v for k, v in prediction.items()}
+        for prediction in predictions
+    ]

@@ -28,6 +28,7 @@ _LABELS = f'{_ANNOTATIONS}, or POPE\'s, one a line: {{"question_id": 1, "text": 
 _SAID = f'{_ANSWERS}, or POPE\'s, one a line in the order of the questions: {{"question": "...", "answer": "..."}}'
 _SIMILARITY = '.npy with an array (images, texts), or .npz with one called "similarity"'
 _OWNERS = "a JSON list with the row (from 0) of each text's image"
+_IN_VQA = {"image": "question_id", "questionId": "question_id", "prediction": "answer"}  # VizWiz' and GQA's names
 _CAPTIONS = '[{"image_id": 1, "caption": "..."}]'
 
 
@@ -36,15 +37,23 @@ def score_vqa(
 ) -> dict[str, Any]:
     """The official VQA result: overall, perAnswerType, perQuestionType, in percent, rounded to two digits.
 
-    rules: whose evaluator, see `vlm.metrics.vqa`. Raises UserError, naming the file, for one that is
-    missing, not JSON or of another form, and where the predictions do not answer exactly the questions.
+    rules: whose evaluator, see `vlm.metrics.vqa`. VizWiz' own file may be given as questions and as annotations, predictions in VizWiz' and GQA's
+    form too. Raises UserError, naming the file, for one that is missing, not JSON or of another form, and where the predictions do not answer exactly
+    the questions.
     """
     return vqa_scores(
-        records(read_json(questions, _QUESTIONS), "questions", questions, _QUESTIONS),
-        records(read_json(annotations, _ANNOTATIONS), "annotations", annotations, _ANNOTATIONS),
-        records(read_json(predictions, _ANSWERS), None, predictions, _ANSWERS),
+        _vqa_records(questions, "questions", _QUESTIONS),
+        _vqa_records(annotations, "annotations", _ANNOTATIONS),
+        _vqa_records(predictions, None, _ANSWERS),
         rules,
     ).rounded()
+
+
+def _vqa_records(path: Path | str, key: str | None, form: str) -> list[dict[str, Any]]:
+    """A file's records under VQA's names; VizWiz' files are their plain list."""
+    content = read_json(path, form)
+    found = records(content, None if isinstance(content, list) else key, path, form)
+    return [{_IN_VQA[name]: value for name, value in r.items() if name in _IN_VQA} | r for r in found]
 
 
 def score_captions(

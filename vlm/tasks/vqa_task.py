@@ -74,7 +74,7 @@ class VqaTask(Task):
         return named if overall is None else {"accuracy": overall["interval"], **named}
 
     def official(self, records: Iterable[Record]) -> list[Record]:
-        """The evaluation server's form."""
+        """VQA's form; the server's of another data set is made of it (`vlm.data.official.in_server_form`)."""
         return [{"question_id": r["question_id"], "answer": r["answer"]} for r in records]
 
 
