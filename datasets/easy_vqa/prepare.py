@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm.data.official import of_kind
 from vlm.data.prepare import (
     LeftOut,
     Photograph,
@@ -28,13 +29,16 @@ def images(folder: Path, part: str) -> list[Photograph]:
     """The images of the official train or test part, with their questions."""
     path = folder / part / "questions.json"
     questions: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for number, row in enumerate(read_json(path, DOWNLOAD)):
-        try:
-            text, answer, image = row
-        except (TypeError, ValueError):
+    try:
+        rows = of_kind(read_json(path, DOWNLOAD), "file", list)
+    except ValueError as error:
+        raise UserError(f"{path}: {error} of questions. Get it by: {DOWNLOAD}") from None
+    for number, row in enumerate(rows):
+        if not isinstance(row, list) or [type(value) for value in row] != [str, str, int]:
             raise UserError(
                 f"{path}: entry {number} is {row!r}, expected [question, answer, image number]. Get it by: {DOWNLOAD}"
-            ) from None
+            )
+        text, answer, image = row
         questions[image].append(question(QUESTION_IDS[part] + number, text, [answer]))
     pictures = require(folder / part / "images", DOWNLOAD)
     return [

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm.data.official import add_leave_out, files_here, name_server_form, read_coco_splits, read_left_out
+from vlm.data.official import (
+    add_leave_out,
+    files_here,
+    given,
+    name_server_form,
+    of_kind,
+    read_coco_splits,
+    read_left_out,
+)
 from vlm.data.prepare import LeftOut, Photograph, read_json, require, run, shard_key, write_splits
 from vlm.data.references import question
 from vlm.errors import UserError
@@ -23,11 +31,12 @@ def read_questions(path: Path) -> dict[str, list[dict[str, Any]]]:
     """Questions by image id; the structural type ("query", "verify", ...) is the question's."""
     questions: dict[str, list[dict[str, Any]]] = defaultdict(list)
     try:
-        for question_id, row in read_json(path, QUESTIONS).items():
-            asked = question(question_id, row["question"], [row["answer"]])
-            questions[row["imageId"]].append(asked | {"question_type": row["types"]["structural"]})
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not in GQA's form (missing {error}); expected: {QUESTIONS}") from None
+        for question_id, row in of_kind(read_json(path, QUESTIONS), "file", dict).items():
+            asked = question(question_id, given(row, "question", str), [given(row, "answer", str)])
+            kind = given(given(row, "types", dict), "structural", str)
+            questions[str(given(row, "imageId", str, int))].append(asked | {"question_type": kind})
+    except ValueError as error:
+        raise UserError(f"{path} is not in GQA's form ({error}); expected: {QUESTIONS}") from None
     return questions
 
 
@@ -41,9 +50,13 @@ def held_out_of_coco(source: Path, karpathy: Path) -> set[int | str]:
     path = source / "image_data.json"
     coco_ids = read_coco_splits(karpathy)
     try:
-        return {image["image_id"] for image in read_json(path, VISUAL_GENOME) if image["coco_id"] in coco_ids}
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is not in Visual Genome's form (missing {error}); expected: {VISUAL_GENOME}") from None
+        return {
+            given(image, "image_id", int)
+            for image in of_kind(read_json(path, VISUAL_GENOME), "file", list)
+            if given(image, "coco_id", int, type(None)) in coco_ids
+        }
+    except ValueError as error:
+        raise UserError(f"{path} is not in Visual Genome's form ({error}); expected: {VISUAL_GENOME}") from None
 
 
 def prepare(args: argparse.Namespace) -> None:

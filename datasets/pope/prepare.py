@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm.data.official import files_here
+from vlm.data.official import files_here, given
 from vlm.data.prepare import LeftOut, Photograph, read_lines, require, run, shard_key, write_splits
 from vlm.data.references import question
 from vlm.errors import UserError
@@ -26,13 +26,13 @@ def read_questions(path: Path, subset: str) -> dict[str, list[dict[str, Any]]]:
     for number, line in enumerate(read_lines(path, QUESTIONS), 1):
         try:
             row = json.loads(line)
-            name, label = row["image"], row["label"]
-            asked = question(f"{subset}-{row['question_id']}", row["text"], [label])
+            name, label = given(row, "image", str), given(row, "label", str)
+            asked = question(f"{subset}-{given(row, 'question_id', int, str)}", given(row, "text", str), [label])
             if not NAME.fullmatch(name) or label not in ("yes", "no"):
                 raise ValueError(f"image {name!r}, label {label!r}")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except ValueError as error:
             raise UserError(
-                f"{path} line {number} is not in POPE's form ({type(error).__name__}: {error}); expected the file from: {QUESTIONS}"
+                f"{path} line {number} is not in POPE's form ({error}); expected the file from: {QUESTIONS}"
             ) from None
         questions[name].append(asked | {"question_type": subset})
     return questions
@@ -43,7 +43,10 @@ def prepare(args: argparse.Namespace) -> None:
     folder = require(args.source / "val2014", IMAGES)
     questions: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for subset, path in files.items():
-        for name, asked in read_questions(path, subset).items():
+        found = read_questions(path, subset)
+        if not found:
+            sys.stderr.write(f"{path} holds no question: its {subset} part is not written.\n")
+        for name, asked in found.items():
             questions[name] += asked
     photographs = [
         Photograph(shard_key(Path(name).stem), folder / name, int(name[-16:-4]), questions=tuple(asked))

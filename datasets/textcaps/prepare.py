@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm.data.official import files_here
+from vlm.data.official import files_here, given
 from vlm.data.prepare import LeftOut, Photograph, read_json, require, run, shard_key, write_splits
 from vlm.errors import UserError
 
@@ -19,10 +19,10 @@ def read_captions(path: Path) -> dict[str, list[str]]:
     """Captions by Open Images id; the file has a row for each caption."""
     captions: dict[str, list[str]] = defaultdict(list)
     try:
-        for row in read_json(path, CAPTIONS, ["data"])["data"]:
-            captions[row["image_id"]].append(row["caption_str"].strip())
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not in TextCaps' form (missing {error}); expected: {CAPTIONS}") from None
+        for row in given(read_json(path, CAPTIONS, ["data"]), "data", list):
+            captions[str(given(row, "image_id", str, int))].append(given(row, "caption_str", str).strip())
+    except ValueError as error:
+        raise UserError(f"{path} is not in TextCaps' form ({error}); expected: {CAPTIONS}") from None
     return captions
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm.data.official import files_here
+from vlm.data.official import files_here, given, of_kind
 from vlm.data.prepare import LeftOut, Photograph, read_json, require, run, shard_key, write_splits
 from vlm.data.references import question
 from vlm.errors import UserError
@@ -22,11 +22,12 @@ def read_questions(path: Path) -> dict[str, list[dict[str, Any]]]:
     """Questions by Open Images id; those of the test set have no answers."""
     questions: dict[str, list[dict[str, Any]]] = defaultdict(list)
     try:
-        for row in read_json(path, QUESTIONS, ["data"])["data"]:
-            asked = question(row["question_id"], row["question"].strip(), row.get("answers", ()))
-            questions[row["image_id"]].append(asked)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not in TextVQA's form (missing {error}); expected: {QUESTIONS}") from None
+        for row in given(read_json(path, QUESTIONS, ["data"]), "data", list):
+            name, text = given(row, "question_id", int, str), given(row, "question", str).strip()
+            answers = [of_kind(answer, "answer", str) for answer in of_kind(row.get("answers", []), "answers", list)]
+            questions[str(given(row, "image_id", str, int))].append(question(name, text, answers))
+    except ValueError as error:
+        raise UserError(f"{path} is not in TextVQA's form ({error}); expected: {QUESTIONS}") from None
     return questions
 
 

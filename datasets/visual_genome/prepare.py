@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm.data.official import read_coco_splits
+from vlm.data.official import given, of_kind, read_coco_splits
 from vlm.data.prepare import LeftOut, Photograph, keyed_hash, read_json, require, run, whole_number, write_splits
 from vlm.data.references import question
 from vlm.errors import UserError
@@ -21,16 +21,18 @@ def read_questions(path: Path) -> dict[int, tuple[dict[str, Any], ...]]:
     """Questions by image, each with its one answer."""
     try:
         return {
-            int(entry["id"]): tuple(
-                question(int(qa["qa_id"]), qa["question"].strip(), [qa["answer"].strip().removesuffix(".").lower()])
-                for qa in entry["qas"]
+            given(entry, "id", int): tuple(
+                question(
+                    given(qa, "qa_id", int),
+                    given(qa, "question", str).strip(),
+                    [given(qa, "answer", str).strip().removesuffix(".").lower()],
+                )
+                for qa in given(entry, "qas", list)
             )
-            for entry in read_json(path, QUESTIONS)
+            for entry in of_kind(read_json(path, QUESTIONS), "file", list)
         }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path}: {type(error).__name__}: {error}; expected the list of {QUESTIONS}, version 1.2"
-        ) from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; expected the list of {QUESTIONS}, version 1.2") from None
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -50,21 +52,22 @@ def prepare(args: argparse.Namespace) -> None:
     splits: dict[str, list[Photograph]] = {"train": [], "val": []}
     try:
         phrases = {
-            int(entry["id"]): [str(region["phrase"]).strip() for region in entry["regions"]] for entry in regions
+            given(entry, "id", int): [
+                str(given(region, "phrase", str, int)).strip() for region in given(entry, "regions", list)
+            ]
+            for entry in of_kind(regions, "file", list)
         }
-        for image in images:
-            number = int(image["image_id"])
-            if image.get("coco_id") in kept_out:
+        for image in of_kind(images, "file", list):
+            number = given(image, "image_id", int)
+            if of_kind(image.get("coco_id"), "coco_id", int, type(None)) in kept_out:
                 left_out.add("image of COCO's val or test split", number)
                 continue
             captions = tuple(dict.fromkeys(phrase for phrase in phrases.get(number, ()) if phrase))
             split = "val" if keyed_hash(str(number), "visual_genome") % args.holdout_every == 0 else "train"
             path = files.get(str(number), folders[0] / f"{number}.jpg")
             splits[split].append(Photograph(str(number), path, number, captions, questions.get(number, ())))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{args.source}: {type(error).__name__}: {error}; expected the lists of {DATA} and {REGIONS}, version 1.2"
-        ) from None
+    except ValueError as error:
+        raise UserError(f"{args.source}: {error}; expected the lists of {DATA} and {REGIONS}, version 1.2") from None
     write_splits(args.out, "visual_genome", splits, left_out, args.samples_per_shard, IMAGES)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlm.data.official import files_here, name_server_form, read_coco_captions
+from vlm.data.official import files_here, given, name_server_form, read_coco_captions
 from vlm.data.prepare import LeftOut, Photograph, require, run, shard_key, write_splits
 from vlm.data.references import caption_references
 from vlm.files import write_json
@@ -22,7 +22,7 @@ def prepare(args: argparse.Namespace) -> None:
 
     def unusable(annotation: Mapping[str, Any]) -> bool:
         """Whether the official evaluation passes it over: the sentence offered for pictures that show nothing, and spam."""
-        marks = [mark for mark in ("is_precanned", "is_rejected") if annotation[mark]]
+        marks = [mark for mark in ("is_precanned", "is_rejected") if given(annotation, mark, bool, int)]
         if marks:
             left_out.add(f"caption marked {marks[0]}", annotation["caption"])
         return bool(marks)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm.data.official import files_here, name_server_form
+from vlm.data.official import files_here, given, name_server_form, of_kind
 from vlm.data.prepare import LeftOut, Photograph, read_json, require, run, shard_key, write_splits
 from vlm.data.references import question
 from vlm.errors import UserError
@@ -19,14 +19,15 @@ def photographs(path: Path, folder: Path) -> list[Photograph]:
     """The photographs of a split, each with its one question; those of the test set have no answers."""
     made = []
     try:
-        for row in read_json(path, QUESTIONS):
-            name = row["image"]
-            asked = question(name, row["question"].strip(), [a["answer"] for a in row.get("answers", ())])
+        for row in of_kind(read_json(path, QUESTIONS), "file", list):
+            name, text = given(row, "image", str), given(row, "question", str).strip()
+            answers = [given(answer, "answer", str) for answer in of_kind(row.get("answers", []), "answers", list)]
+            asked = question(name, text, answers)
             if "answer_type" in row:
-                asked["answer_type"] = row["answer_type"]
+                asked["answer_type"] = given(row, "answer_type", str)
             made.append(Photograph(shard_key(Path(name).stem), folder / name, Path(name).stem, questions=(asked,)))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not in VizWiz' form (missing {error}); expected: {QUESTIONS}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not in VizWiz' form ({error}); expected: {QUESTIONS}") from None
     return made
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm.data.official import add_leave_out, read_coco_splits, read_left_out
+from vlm.data.official import add_leave_out, given, read_coco_splits, read_left_out
 from vlm.data.prepare import LeftOut, Photograph, read_json, require, shard_key, whole_number, write_splits
 from vlm.data.references import question
 from vlm.errors import ConfigError, UserError
@@ -48,28 +48,34 @@ def read_questions(
     part = subset.removesuffix("2014").capitalize()
     paths = question_set.questions_path(source, subset), question_set.annotations_path(source, subset)
     names = {"subset": subset, "part": part}
-    questions = read_json(paths[0], question_set.questions.format(**names), ["questions"])["questions"]
-    annotations = read_json(paths[1], question_set.annotations.format(**names), ["annotations"])["annotations"]
+    questions = read_json(paths[0], question_set.questions.format(**names), ["questions"])
+    annotations = read_json(paths[1], question_set.annotations.format(**names), ["annotations"])
     by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
     try:
-        answers = {a["question_id"]: a for a in annotations}
-        for q in questions:
-            annotation = answers.get(q["question_id"])
+        answers = {given(a, "question_id", int, str): a for a in given(annotations, "annotations", list)}
+        for q in given(questions, "questions", list):
+            image_id, question_id, text = _asked(q)
+            annotation = answers.get(question_id)
             if annotation is None:
-                left_out.add("question without an annotation", q["question_id"])
+                left_out.add("question without an annotation", question_id)
                 continue
-            by_image[q["image_id"]].append(
+            by_image[image_id].append(
                 {
-                    "question_id": q["question_id"],
-                    "question": q["question"],
-                    "answers": [a["answer"] for a in annotation["answers"]],
-                    "answer_type": annotation["answer_type"],
-                    "question_type": annotation["question_type"],
+                    "question_id": question_id,
+                    "question": text,
+                    "answers": [str(given(a, "answer", str, int)) for a in given(annotation, "answers", list)],
+                    "answer_type": given(annotation, "answer_type", str),
+                    "question_type": given(annotation, "question_type", str),
                 }
             )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{paths[0].name} or {paths[1].name} is not in VQA's form: missing {error}") from None
+    except ValueError as error:
+        raise UserError(f"{paths[0].name} or {paths[1].name} is not in VQA's form: {error}") from None
     return by_image
+
+
+def _asked(row: Any) -> tuple[int, int | str, str]:
+    """Image, id and text of a question. Raises ValueError that says what is of another kind."""
+    return given(row, "image_id", int), given(row, "question_id", int, str), given(row, "question", str)
 
 
 def read_test_questions(question_set: QuestionSet, source: Path, subset: str) -> dict[int, list[dict[str, Any]]]:
@@ -78,10 +84,11 @@ def read_test_questions(question_set: QuestionSet, source: Path, subset: str) ->
     download = question_set.questions.format(subset=subset, part="Test")
     by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
     try:
-        for q in read_json(path, download, ["questions"])["questions"]:
-            by_image[q["image_id"]].append(question(q["question_id"], q["question"], ()))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path.name} is not in VQA's form: missing {error}") from None
+        for q in given(read_json(path, download, ["questions"]), "questions", list):
+            image_id, question_id, text = _asked(q)
+            by_image[image_id].append(question(question_id, text, ()))
+    except ValueError as error:
+        raise UserError(f"{path.name} is not in VQA's form: {error}") from None
     return by_image
 
 

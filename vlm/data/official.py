@@ -1,5 +1,5 @@
 """Official files whose form several recipes share: Karpathy's splits, COCO's captions, a file for each split, what must not be trained on, and in
-which form a data set's server takes predictions.
+which form a data set's server takes predictions. `given` and `of_kind` check what their readers find.
 """
 
 import argparse
@@ -18,7 +18,30 @@ from vlm.files import write_json
 
 CAPTION_DATASETS = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
 SERVER = "server"  # of an index.json: `name_server_form`
+KINDS = {
+    str: "a text",
+    int: "a whole number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
 KARPATHY = "caption_datasets.zip of Karpathy and Fei-Fei (file {name})"
+
+
+def of_kind(value: Any, name: str, *kinds: type) -> Any:
+    """The value of that name in a file, if it is of one of these kinds of JSON. Raises ValueError that says what it is and what was expected."""
+    if type(value) not in kinds:
+        expected = " or ".join(KINDS[kind] for kind in kinds)
+        raise ValueError(f"{name!r} is {json.dumps(value):.60}, expected {expected}")
+    return value
+
+
+def given(row: Any, name: str, *kinds: type) -> Any:
+    """The field of that name of an object in a file, if it is of one of these kinds. Raises ValueError as `of_kind`, and where it is missing."""
+    if name not in of_kind(row, "entry", dict):
+        raise ValueError(f"missing {name!r}")
+    return of_kind(row[name], name, *kinds)
 
 
 @dataclass(frozen=True)
@@ -35,29 +58,30 @@ class Listed:
 def read_karpathy(path: Path, coco: bool) -> list[Listed]:
     """The photographs of dataset_coco.json, or of another of Karpathy's files."""
     download = KARPATHY.format(name="dataset_coco.json" if coco else path.name)
-    listed = []
-    for number, entry in enumerate(read_json(path, download, ["images"])["images"]):
-        try:
-            captions = tuple(text for sentence in entry["sentences"] if (text := sentence["raw"].strip()))
-            of_coco = (entry["filepath"], entry["cocoid"]) if coco else ()
-            listed.append(Listed(entry["filename"], entry["split"], captions, *of_coco))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path}: entry {number} is not in Karpathy's form (missing {error}); expected the file from: {download}"
-            ) from None
+    content = read_json(path, download, ["images"])
+    listed: list[Listed] = []
+    try:
+        for entry in given(content, "images", list):
+            raw = (given(sentence, "raw", str).strip() for sentence in given(entry, "sentences", list))
+            captions = tuple(text for text in raw if text)
+            of_coco = (given(entry, "filepath", str), given(entry, "cocoid", int)) if coco else ()
+            listed.append(Listed(given(entry, "filename", str), given(entry, "split", str), captions, *of_coco))
+    except ValueError as error:
+        raise UserError(
+            f"{path}: entry {len(listed)} is not in Karpathy's form ({error}); expected the file from: {download}"
+        ) from None
     return listed
 
 
 def read_coco_splits(path: Path) -> dict[int, str]:
     """The COCO ids that dataset_coco.json keeps for val and test, with that split; its captions need not be there."""
     download = KARPATHY.format(name="dataset_coco.json")
-    entries = read_json(path, download, ["images"])["images"]
+    content = read_json(path, download, ["images"])
     try:
-        return {int(e["cocoid"]): e["split"] for e in entries if e["split"] in ("val", "test")}
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} is not in Karpathy's form (missing {error}); expected the file from: {download}"
-        ) from None
+        splits = {given(e, "cocoid", int): given(e, "split", str) for e in given(content, "images", list)}
+    except ValueError as error:
+        raise UserError(f"{path} is not in Karpathy's form ({error}); expected the file from: {download}") from None
+    return {image_id: split for image_id, split in splits.items() if split in ("val", "test")}
 
 
 def read_coco_captions(
@@ -65,17 +89,18 @@ def read_coco_captions(
 ) -> list[tuple[str, dict[str, Any], tuple[str, ...]]]:
     """Name, entry and captions of each image of a file in COCO's caption form; `unusable` says which annotations to pass over."""
     content = read_json(path, download, ["images", "annotations"])
-    captions: dict[Any, list[str]] = defaultdict(list)
+    captions: dict[int, list[str]] = defaultdict(list)
     try:
-        for annotation in content["annotations"]:
-            text = annotation["caption"].strip()
+        for annotation in given(content, "annotations", list):
+            text = given(annotation, "caption", str).strip()
             if text and not unusable(annotation):
-                captions[annotation["image_id"]].append(text)
-        return [(i["file_name"], i, tuple(captions.get(i["id"], ()))) for i in content["images"]]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is not in COCO's caption form (missing {error}); expected the file from: {download}"
-        ) from None
+                captions[given(annotation, "image_id", int)].append(text)
+        return [
+            (given(image, "file_name", str), image, tuple(captions.get(given(image, "id", int), ())))
+            for image in given(content, "images", list)
+        ]
+    except ValueError as error:
+        raise UserError(f"{path} is not in COCO's caption form ({error}); expected the file from: {download}") from None
 
 
 def files_here(files: Mapping[str, Path], download: str) -> dict[str, Path]:
