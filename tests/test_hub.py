@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessorPil
+from transformers import BertConfig, BertForMaskedLM, BlipConfig, BlipForConditionalGeneration, BlipImageProcessorPil
 
 from vlm.build import build_parts
+from vlm.cli import main
 from vlm.config import Config
 from vlm.convert import convert_blip
 from vlm.data.text import train_wordpiece
@@ -172,6 +173,70 @@ def test_without_a_network_the_error_says_what_was_tried(hub: Hub, tmp_path: Pat
     for path in ("runs/typo", "./some/where", str(tmp_path / "none"), "a/b/c", "none"):
         with pytest.raises(CheckpointError, match="no such checkpoint folder"):
             Predictor.load(path)
+    assert hub.asked == []
+
+
+def converted_folder(folder: Path) -> dict[str, Any]:
+    """Settings, tokenizer and card of a converted folder; the weights are compared by `same`."""
+    content = {name: (folder / name).read_text() for name in ("config.json", "tokenizer.json", "README.md")}
+    return content | {"README.md": content["README.md"].replace(folder.name, "TARGET")}
+
+
+def test_convert_takes_a_name_on_the_hub(
+    hub: Hub, blip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same folder comes of it as of the local one, and no other copy is kept."""
+    hub.models[NAME] = blip
+    prompt = ("--prompt", "a picture of ")
+    assert main(["convert", "blip", str(blip), str(tmp_path / "expected"), *prompt]) == 0
+    assert main(["convert", "blip", NAME, str(tmp_path / "ours"), "--revision", "main", *prompt]) == 0
+    assert hub.asked == [(NAME, "main")]
+    assert same(tmp_path / "ours", tmp_path / "expected")
+    ours, expected = converted_folder(tmp_path / "ours"), converted_folder(tmp_path / "expected")
+    assert f"in `{NAME}`" in ours["README.md"]
+    assert ours == expected | {"README.md": expected["README.md"].replace(f"`{blip}`", f"`{NAME}`")}
+    assert not (tmp_path / "cache").exists()
+
+    capsys.readouterr()
+    hub.asked.clear()
+    assert main(["convert", "blip", NAME, str(tmp_path / "ours")]) == 1
+    assert "exists; give another folder" in capsys.readouterr().err
+    assert main(["convert", "blip", str(blip), str(tmp_path / "more"), "--revision", "main"]) == 1
+    assert "is a folder and no name on the hub; leave the revision 'main' out" in capsys.readouterr().err
+    assert hub.asked == []
+    # Where there is such a folder, it is the one that is meant.
+    shutil.copytree(blip, tmp_path / "someone" / "mine")
+    assert main(["convert", "blip", "someone/mine", str(tmp_path / "mine"), *prompt]) == 0
+    assert hub.asked == []
+    assert same(tmp_path / "mine", tmp_path / "expected")
+
+
+def test_text_weights_are_converted_from_the_hub_too(hub: Hub, tmp_path: Path) -> None:
+    tokenizer = train_wordpiece(["a red circle left of a blue square"] * 2, 100)
+    shape = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 40}
+    model = BertForMaskedLM(BertConfig(vocab_size=tokenizer.vocab_size, max_position_embeddings=32, **shape))
+    model.save_pretrained(tmp_path / "theirs")
+    tokenizer.save(tmp_path / "theirs" / "tokenizer.json")
+    hub.models["google-bert/bert-tiny"] = tmp_path / "theirs"
+    assert main(["convert", "bert", str(tmp_path / "theirs"), str(tmp_path / "expected")]) == 0
+    assert main(["convert", "bert", "google-bert/bert-tiny", str(tmp_path / "ours"), "--revision", COMMIT]) == 0
+    assert hub.asked == [("google-bert/bert-tiny", COMMIT)]
+    assert same(tmp_path / "ours", tmp_path / "expected")
+    assert "in `google-bert/bert-tiny`" in (tmp_path / "ours" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["blip", "bert"])
+def test_convert_without_a_network_says_what_was_tried(
+    kind: str, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", kind, NAME, str(tmp_path / "ours")]) == 1
+    message = capsys.readouterr().err
+    assert f"{NAME}: no such folder here, and the hub gave no model of that name (ConnectionError: " in message
+    assert len(message.splitlines()) == 1
+    assert not (tmp_path / "ours").exists()
+    hub.asked.clear()
+    assert main(["convert", kind, "./some/where", str(tmp_path / "ours")]) == 1
+    assert "config.json does not exist; give a folder" in capsys.readouterr().err
     assert hub.asked == []
 
 

@@ -47,13 +47,30 @@ def local_folder(source: str | Path, revision: str | None = None) -> Path:
     the hub where no such folder is here, which may hold either. revision: the hub's branch, tag or commit.
 
     Raises:
-        CheckpointError: the hub does not give it, or it cannot be converted. UserError: the cache folder cannot be written.
+        CheckpointError: the hub does not give it, or it cannot be converted. UserError: the cache folder cannot be written; a revision of a folder.
+    """
+    folder = source_folder(source, revision)
+    if not _is_blip(folder):
+        return folder
+    if folder == Path(source):
+        return _converted(folder, f"{folder.resolve().name}-{_fingerprint(folder)}")
+    return _converted(folder, f"{str(source).replace('/', '--')}-{folder.name}")
+
+
+def source_folder(source: str | Path, revision: str | None = None) -> Path:
+    """The folder that `source` names, unconverted: a path, which is returned as it is, or `owner/name` on the hub where no such folder is here.
+
+    revision: the hub's branch, tag or commit.
+
+    Raises:
+        CheckpointError: the hub does not give it. UserError: a revision of a folder.
     """
     path = Path(source)
-    if path.is_dir() or not _is_name(str(source)):
-        return _converted(path, f"{path.resolve().name}-{_fingerprint(path)}") if _is_blip(path) else path
-    folder = _download(str(source), revision)
-    return _converted(folder, f"{str(source).replace('/', '--')}-{folder.name}") if _is_blip(folder) else folder
+    if not path.is_dir() and _is_name(str(source)):
+        return _download(str(source), revision)
+    if revision is not None:
+        raise UserError(f"{source} is a folder and no name on the hub; leave the revision {revision!r} out.")
+    return path
 
 
 def _is_name(source: str) -> bool:

@@ -15,7 +15,7 @@ def add_convert(commands: Commands) -> None:
     blip = convert.add_parser(
         "blip",
         help="transformers' BLIP -> a checkpoint folder",
-        description="Make a checkpoint folder of a folder of transformers' BLIP: BlipForConditionalGeneration (captions), "
+        description="Make a checkpoint folder of transformers' BLIP, in a folder or on the hub: BlipForConditionalGeneration (captions), "
         "BlipForQuestionAnswering, BlipForImageTextRetrieval or BlipModel.",
     )
     blip.add_argument("--prompt", default="", help="words that every caption continues, e.g. 'a picture of '")
@@ -27,12 +27,18 @@ def add_convert(commands: Commands) -> None:
     bert = convert.add_parser(
         "bert",
         help="transformers' BERT -> text weights to start from",
-        description="Make a folder of text weights of a folder of transformers' BERT (BertModel, BertForMaskedLM, BertForPreTraining, MiniLM): "
-        "the text encoder and, where there is one, the masked-language head, under this library's names, with the tokenizer. It has no image "
-        "encoder, so it captions nothing: a training starts from it, with --init-from or --text-weights.",
+        description="Make a folder of text weights of transformers' BERT, in a folder or on the hub (BertModel, BertForMaskedLM, "
+        "BertForPreTraining, MiniLM): the text encoder and, where there is one, the masked-language head, under this library's names, with the "
+        "tokenizer. It has no image encoder, so it captions nothing: a training starts from it, with --init-from or --text-weights.",
     )
-    for kind in (blip, to_blip, bert):
-        kind.add_argument("source", type=Path, metavar="SRC", help="the folder to read")
+    to_blip.add_argument("source", type=Path, metavar="SRC", help="the folder to read")
+    for kind in (blip, bert):
+        kind.add_argument(
+            "source",
+            metavar="SRC",
+            help="the folder to read, or a model's name on the hub (owner/name) where there is no such folder",
+        )
+        kind.add_argument("--revision", help="of a model on the hub: branch, tag or commit")
     albef = convert.add_parser(
         "albef",
         help="the ALBEF authors' .pth -> a checkpoint folder",
@@ -70,10 +76,16 @@ def add_convert(commands: Commands) -> None:
 
 def _convert(arguments: argparse.Namespace, _: list[str]) -> int:
     source, target = arguments.source, arguments.target
+    if arguments.kind in ("blip", "bert"):
+        from vlm.convert import refuse_existing
+        from vlm.hub import source_folder
+
+        refuse_existing(target)  # before a download
+        source = source_folder(source, arguments.revision)
     if arguments.kind == "blip":
         from vlm.convert import convert_blip
 
-        done = convert_blip(source, target, arguments.prompt)
+        done = convert_blip(source, target, arguments.prompt, arguments.source)
     elif arguments.kind == "to-blip":
         from vlm.convert import convert_to_blip
 
@@ -81,7 +93,7 @@ def _convert(arguments: argparse.Namespace, _: list[str]) -> int:
     elif arguments.kind == "bert":
         from vlm.convert.bert import convert_bert
 
-        done = convert_bert(source, target)
+        done = convert_bert(source, target, arguments.source)
     else:
         from vlm.convert.authors import ALBEF, BLIP, convert_original
 

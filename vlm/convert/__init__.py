@@ -48,7 +48,7 @@ class Converted:
     left_out: tuple[str, ...]
 
 
-def convert_blip(source: Path, target: Path, prompt: str = "") -> Converted:
+def convert_blip(source: Path, target: Path, prompt: str = "", named: str = "") -> Converted:
     """Writes the checkpoint folder `target` from a folder as transformers saves BLIP.
 
     The new checkpoint can do what its source can: BlipForConditionalGeneration captions, BlipForQuestionAnswering answers (by open generation),
@@ -59,6 +59,7 @@ def convert_blip(source: Path, target: Path, prompt: str = "") -> Converted:
     Questions stay as they are typed, as in transformers.
 
     prompt: the words that every caption continues ("a picture of "). transformers' folders do not say it, but their lengths count its tokens.
+    named: what the card calls `source`, where that is a download.
 
     Raises:
         CheckpointError: `source` is incomplete, or is not what it says. UserError: `target` exists or cannot be written.
@@ -101,7 +102,7 @@ def convert_blip(source: Path, target: Path, prompt: str = "") -> Converted:
         generation=generation,
     )
     with replacing_folder(target) as new:
-        card = converted_card(settings.task, config.heads, f"transformers' {form.name} in `{source}`", target)
+        card = converted_card(settings.task, config.heads, f"transformers' {form.name} in `{named or source}`", target)
         write_folder(state, new, checkpoint_metadata(settings), tokenizer.to_json(), card)
     return Converted(form.name, tuple(left_out))
 

@@ -14,10 +14,11 @@ from vlm.model.convert.text_folder import HEAD, TEXT
 from vlm.model.pretrained import TEXT_ONLY, replacing_folder, save_pretrained
 
 
-def convert_bert(source: Path, target: Path) -> Converted:
+def convert_bert(source: Path, target: Path, named: str = "") -> Converted:
     """Writes `target` from a folder as transformers saves BertModel, BertForMaskedLM or BertForPreTraining, or sentence-transformers its MiniLM.
 
     Kept: embeddings, layers and, where there is one, the masked-language head. Pooler and next-sentence head have no use here.
+    named: what the card calls `source`, where that is a download.
 
     Raises:
         CheckpointError: `source` is incomplete, or is no such BERT. UserError: `target` exists or cannot be written, or there is no tokenizer.
@@ -37,7 +38,7 @@ def convert_bert(source: Path, target: Path) -> Converted:
     card = "\n".join(
         (
             *("---", "library_name: vlm", "---", f"# {target.name}", ""),
-            f"A text encoder, converted from transformers' BERT in `{source}`; its licence and data are those of its source.",
+            f"A text encoder, converted from transformers' BERT in `{named or source}`; its licence and data are those of its source.",
             *("", f"    vlm train CONFIG --init-from {target}", ""),
         )
     )
