@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -296,6 +297,18 @@ def test_a_run_asks_once_whether_a_copy_of_unknown_size_still_holds(
     later_run(monkeypatch)
     assert [content(shard), content(shard)] == [second, second]
     assert caplog.text.count("its copy in the cache is read") == 1
+
+
+def test_a_copy_is_asked_after_by_many_at_once(
+    server: Server, cache: CacheConfig, contents: tuple[bytes, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = RemoteShard(f"{server.url}/x.tar", 0, cache)
+    server.answers = [Answer(contents[0], {"ETag": '"a"'})]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            later_run(monkeypatch)
+            assert set(pool.map(content, [shard] * 8)) == {contents[0]}
+    assert {file.suffix for file in Path(str(cache.folder)).iterdir()} == {".tar", ".json"}
 
 
 def test_attempts_that_bring_something_new_are_not_counted(

@@ -5,6 +5,7 @@ Without it a download that goes on after a break could join two contents that th
 
 import json
 import os
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -47,9 +48,7 @@ class Note:
 
     def save(self, path: Path) -> None:
         """Replaces the note there. Raises OSError."""
-        new = path.with_name(
-            f".{path.name}.{os.getpid()}"
-        )  # by one process at a time, or by several that write the same
+        new = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")  # threads open shards too
         new.write_text(json.dumps(asdict(self)))
         os.replace(new, path)
 
