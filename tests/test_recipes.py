@@ -1,5 +1,6 @@
-"""The published recipes make models that learn: each takes a step, in small by default, in full size in the slow suite."""
+"""Every recipe makes a model that learns: it takes a step, in small by default; the published ones in full size in the slow suite."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,11 +8,15 @@ import pytest
 import torch
 
 from vlm.build import Parts, build_task, image_hiding
+from vlm.checkpoint import write_checkpoint
 from vlm.config import Config
 from vlm.data.batch import Batch
+from vlm.data.synthetic import write_scenes
 from vlm.data.text import train_wordpiece
 from vlm.model.vision_language import VisionLanguageModel
+from vlm.run import BuiltRun, build_run
 from vlm.settings import load_config
+from vlm.train.distributed import Ranks
 from vlm.train.optimizer import build_optimizer, schedule
 
 FOLDER = Path(__file__).parents[1] / "configs/pretrain"
@@ -20,8 +25,14 @@ FINETUNING = sorted(
     for path in (FOLDER.parent / "finetune").rglob("*.yaml")
     if path.stem.startswith(("albef", "blip"))
 )
-OWN = ("tiny", "photos_small", "compact")
+OWN = ("tiny", "photos_small", "compact", "easy_vqa", "meter")
+"""Recipes of models so small that their stages are built one from the other's checkpoint; METER's classifier, whose answers come from data, too."""
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith(OWN))
+STAGES = {
+    str(path.relative_to(FOLDER.parent).with_suffix("")): load_config(path)
+    for path in sorted(FOLDER.parent.rglob("*.yaml"))
+    if path.stem.startswith(OWN)
+}
 
 
 def offline(config: Config) -> Config:
@@ -108,6 +119,92 @@ def test_a_step_of_fine_tuning_in_small(name: str) -> None:
     factor = schedule(config.optimizer, 100_000, 1000)
     assert factor(max(0, config.optimizer.warmup_steps - 1)) == 1
     assert factor(99_999) < 0.2
+
+
+def test_every_recipe_takes_a_step() -> None:
+    everything = {str(path.relative_to(FOLDER.parent).with_suffix("")) for path in FOLDER.parent.rglob("*.yaml")}
+    assert {f"pretrain/{name}" for name in RECIPES} | set(FINETUNING) | set(STAGES) == everything
+
+
+Build = Callable[[str], tuple[BuiltRun, Path]]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """built(recipe): the run on drawn scenes, and a checkpoint of its model. A recipe that goes on starts from the one whose `out` it names."""
+    root, known = tmp_path_factory.mktemp("recipes"), dict[str, tuple[BuiltRun, Path]]()
+    write_scenes(root / "scenes", 24, 8, size=64, samples_per_shard=8)
+
+    def build(name: str) -> tuple[BuiltRun, Path]:
+        if name not in known:
+            config = on_scenes(STAGES[name] if name in STAGES else load_config(FOLDER.parent / f"{name}.yaml"), root)
+            if config.init_from is not None:
+                out, checkpoint = config.init_from.rsplit("/", 1)
+                assert checkpoint in ("latest", "best")
+                config = replace(config, init_from=str(build(_made_by(out))[1]))
+            run = build_run(config, Ranks(0, 1, torch.device("cpu")))
+            folder = root / "checkpoints" / name
+            parts = run.parts
+            write_checkpoint(folder, parts.config, parts.model, parts.tokenizer.to_json(), {}, answers=run.answers)
+            known[name] = run, folder
+        return known[name]
+
+    return build
+
+
+def _made_by(out: str) -> str:
+    """The recipe that writes into a folder."""
+    paths = [path for path in FOLDER.parent.rglob("*.yaml") if load_config(path).out == out]
+    assert len(paths) == 1, f"{len(paths)} recipes write into {out}"
+    return str(paths[0].relative_to(FOLDER.parent).with_suffix(""))
+
+
+def on_scenes(config: Config, root: Path) -> Config:
+    """The recipe with narrow layers, without files from elsewhere, on the drawn scenes below `root`."""
+    config, data = offline(config), config.data
+    text = replace(config.model.text, dim=32, heads=2, feed_forward_dim=64)
+    image = replace(config.model.image, image_size=64)
+    small = {"deit": "test_vit", "tf_efficientnet": "test_efficientnet"}
+    image = replace(image, name=next((new for old, new in small.items() if image.name.startswith(old)), image.name))
+    splits = replace(data.splits, train=(f"{root}/scenes/train",), val=(f"{root}/scenes/val",), test=())
+    features = None if data.features is None else f"{root}/features-{Path(config.out).name}"
+    return replace(
+        config,
+        text_weights=None,
+        model=replace(config.model, image=image, text=text, embed_dim=16),
+        tokenizer=replace(config.tokenizer, trim_to=(), min_count=1),
+        data=replace(data, splits=splits, batch_size=4, workers=0, features=features),
+        vqa=replace(config.vqa, min_answer_count=1),
+        train=replace(config.train, precision="fp32"),
+        objectives=replace(config.objectives, queue=min(config.objectives.queue, 8)),
+    )
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_in_small(name: str, built: Build) -> None:
+    """From weights by name to a step on records with captions, questions and answers; what the recipe weighs is what is learned."""
+    run, _ = built(name)
+    config, task = run.parts.config, run.task.train()
+    task.prepare(10)
+    optimizer = build_optimizer(task.model, config.optimizer, task.learned)
+    before = {key: value.clone() for key, value in task.model.state_dict().items()}
+    batch = next(run.loader.iterate(0, stop_step=1))
+    losses, counts = task(batch), task.counts(batch)
+    total = sum(task.weights[key] * losses[key].sum / counts[key] for key in task.weights)
+    assert isinstance(total, torch.Tensor)
+    total.backward()
+    optimizer.step()
+    assert total.isfinite()
+    state = task.model.state_dict()
+    assert all(value.isfinite().all() for value in state.values())
+    changed = {key for key, value in state.items() if not torch.equal(value, before[key])}
+    image = config.model.image
+    assert any(key.startswith("text.") for key in changed)
+    assert any(key.startswith("image_encoder.backbone") for key in changed) == (image.trainable_blocks != 0)
+    if config.task == "pretraining":
+        wanted = ("contrastive", "matching", "masked_language", "captioning", "answering", "self_critical")
+        assert set(losses) == {key for key in wanted if getattr(config.objectives, key) > 0}
+    assert 0 < schedule(config.optimizer, 1000, 100)(0) <= 1
 
 
 @pytest.mark.slow

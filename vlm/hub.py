@@ -66,7 +66,7 @@ def source_folder(source: str | Path, revision: str | None = None) -> Path:
         CheckpointError: the hub does not give it. UserError: a revision of a folder.
     """
     path = Path(source)
-    if not path.is_dir() and _is_name(str(source)):
+    if _is_name(str(source)):
         return _download(str(source), revision)
     if revision is not None:
         raise UserError(f"{source} is a folder and no name on the hub; leave the revision {revision!r} out.")
