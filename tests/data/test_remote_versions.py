@@ -198,14 +198,15 @@ def test_an_answer_that_does_not_fit_what_is_there_is_asked_for_from_the_beginni
     assert [wanted for _, wanted, _ in server.asked] == [None, f"bytes={half}-", None]
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0])
 def test_a_part_of_which_nobody_knows_the_version_is_fetched_anew(
-    server: Server, cache: CacheConfig, contents: tuple[bytes, bytes]
+    server: Server, cache: CacheConfig, contents: tuple[bytes, bytes], share: float
 ) -> None:
     (first, second), folder = contents, Path(str(cache.folder))
     server.answers = [Answer(second, {"ETag": '"b"'})]
     shard = RemoteShard(f"{server.url}/x.tar", len(second), cache)
     folder.mkdir()
-    (folder / f"{shard.digest}.tar.part").write_bytes(first[: len(first) // 2])
+    (folder / f"{shard.digest}.tar.part").write_bytes(first[: int(len(first) * share)])
     assert content(shard) == second
 
 
