@@ -36,10 +36,10 @@ class Ranks:
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so; every rank must ask."""
+        """Whether any rank says so; every rank must ask. The processors tell each other, so that nobody waits for a GPU to end its step."""
         if self.world == 1:
             return flag
-        value = torch.tensor(float(flag), device=self.device)
+        value = torch.tensor(float(flag))
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return bool(value.item())
 
