@@ -80,9 +80,10 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        gradient = gradients[0].contiguous()
-        if gradient.dtype in (torch.bfloat16, torch.float16):  # many ranks' halves would not add up
-            gradient = gradient.float()
+        given = gradients[0].dtype
+        dtype = torch.promote_types(given, torch.float32)  # many ranks' halves would not add up
+        # a copy, as others may have been handed the same gradient
+        gradient = gradients[0].to(dtype, copy=True, memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         start = dist.get_rank() * ctx.rows
-        return gradient[start : start + ctx.rows].to(gradients[0].dtype)
+        return gradient[start : start + ctx.rows].to(given)
