@@ -12,6 +12,7 @@ from torch.profiler import profile
 from vlm.config import ObjectivesConfig
 from vlm.data.batch import Batch
 from vlm.model.vision_language import ImageFeatures, TextFeatures, VisionLanguageModel
+from vlm.objectives import matching
 from vlm.objectives.matching import Matching, eligibility, sample_negatives
 from vlm.objectives.objective import Features as SharedFeatures
 from vlm.tasks.pretraining import Pretraining
@@ -80,6 +81,47 @@ def test_negatives_are_those_most_alike(heads: Any, make_batch: MakeBatch, make_
     _, images, negatives = draw(heads, make_features(batch, torch.eye(3), products.T), batch)
     assert images.tolist() == [1, 2, 0]
     assert negatives.tolist() == [2, 0, 1]
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The similarities that negatives are drawn by, of texts and then of images, as they are asked for."""
+    seen: list[Tensor] = []
+
+    def note(similarity: Tensor, eligible: Tensor, itself: Tensor) -> Tensor:
+        seen.append(similarity)
+        return sample_negatives(similarity, eligible, itself)
+
+    monkeypatch.setattr(matching, "sample_negatives", note)
+    return seen
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.07])
+def test_negatives_are_drawn_by_similarity_over_temperature(
+    heads: Any, make_batch: MakeBatch, make_features: Features, compared: list[Tensor], temperature: float
+) -> None:
+    batch = make_batch(texts(4), image=[0, 2, 1, 2])
+    image, text = torch.randn(3, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    heads.temperature = torch.tensor(temperature)
+    Matching().requests(heads, make_features(batch, image, text), batch)
+    products = torch.stack([torch.stack([image[i] @ t for t in text]) for i in (0, 2, 1, 2)])
+    for similarity, expected in zip(compared, (products, products.T), strict=True):
+        torch.testing.assert_close(similarity, expected / heads.temperature, rtol=0, atol=1e-9)
+
+
+def test_under_autocast_negatives_are_drawn_by_the_same_similarities(
+    heads: Any, make_batch: MakeBatch, make_features: Features, compared: list[Tensor]
+) -> None:
+    batch = make_batch(texts(4))
+    features = make_features(batch, torch.randn(4, 5), torch.randn(4, 5))
+    Matching().requests(heads, features, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (torch.eye(2) @ torch.eye(2)).dtype == torch.bfloat16  # else nothing was to be shown
+        Matching().requests(heads, features, batch)
+    assert len(compared) == 4
+    for plain, cast in zip(compared[:2], compared[2:], strict=True):
+        assert cast.dtype == torch.float32
+        assert torch.equal(plain, cast)
 
 
 @pytest.mark.parametrize("absent", [{"weight": [1.0, 1.0, 0.0, 1.0]}, {"describes": [True, True, False, True]}])
@@ -170,6 +212,14 @@ def test_large_logits_give_a_finite_loss(heads: Any, make_batch: MakeBatch) -> N
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss.sum, outputs))
 
 
+def test_logits_in_half_precision_are_summed_in_fp32(heads: Any, make_batch: MakeBatch) -> None:
+    batch, outputs = make_batch(texts(4)), [torch.randn(4, 3, 2).bfloat16() for _ in range(3)]
+    loss = Matching().loss(heads, outputs, None, batch)  # type: ignore[arg-type]
+    expected = Matching().loss(heads, [states.float() for states in outputs], None, batch)  # type: ignore[arg-type]
+    assert loss.sum.dtype == torch.float32
+    assert torch.equal(loss.sum, expected.sum)
+
+
 def test_nothing_waits_for_the_device(heads: Any, make_batch: MakeBatch, make_features: Features) -> None:
     batch = make_batch(texts(4), weight=[1.0, 0.0, 1.0, 1.0])
     features = make_features(batch, torch.randn(4, 2), torch.randn(4, 2))
@@ -230,15 +280,15 @@ def test_a_new_model_learns_pairs_by_heart_from_hard_negatives(
 def test_negatives_are_drawn_evenly_at_first_and_become_hard(
     heads: Any, make_batch: MakeBatch, make_features: Features
 ) -> None:
-    matching, batch = Matching(easy=2.0), make_batch(texts(4))
+    objective, batch = Matching(easy=2.0), make_batch(texts(4))
     likeness = torch.eye(4) + 10 * torch.eye(4).roll(1, 0)  # each image has one text that is far more alike than others
     features = make_features(batch, likeness, torch.eye(4))
-    matching.prepare(epoch_steps=5)
+    objective.prepare(epoch_steps=5)
 
     def shares() -> Tensor:
         counts = torch.zeros(4, 4)
         for _ in range(600):
-            _, images, negatives = matching.requests(heads, features, batch)
+            _, images, negatives = objective.requests(heads, features, batch)
             counts[torch.arange(4), images.memory_rows] += 1
             counts[torch.arange(4), negatives.text_rows] += 1
         return counts / counts.sum(1, keepdim=True)
@@ -248,9 +298,9 @@ def test_negatives_are_drawn_evenly_at_first_and_become_hard(
     assert shares()[others].tolist() == pytest.approx([1 / 3] * 12, abs=0.06)  # 4.4 standard deviations
     hardness = []
     for _ in range(25):
-        hardness.append(float(matching.hardness))
-        matching.after_step(torch.tensor(True))
-        matching.after_step(torch.tensor(False))  # skipped: no step
+        hardness.append(float(objective.hardness))
+        objective.after_step(torch.tensor(True))
+        objective.after_step(torch.tensor(False))  # skipped: no step
     assert hardness == pytest.approx([0.0] * 10 + [i / 10 for i in range(10)] + [1.0] * 5)
     assert shares().max(1).values.min() > 0.49  # of the two kinds of negatives one is as good as always the same
     assert Matching().hardness == 1.0
