@@ -17,6 +17,7 @@ from vlm.data.batch import Batch
 from vlm.data.synthetic import draw_scene
 from vlm.errors import ConfigError
 from vlm.model import lengths
+from vlm.model.patches import cut, pick
 from vlm.model.vision_language import VisionLanguageModel
 from vlm.objectives.masked_image import MaskedImage, own_text
 from vlm.objectives.objective import Loss
@@ -197,6 +198,19 @@ def test_each_view_is_encoded_once_and_the_masked_one_whole(tiny_config: MakeCon
     assert seen == {"student 9": 1, "student 17": 1, "teacher 17": 1, "memory": 1}
     assert list(losses) == ["contrastive", "matching", "masked_language", "masked_image", "word_patch", "captioning"]
     assert all(loss.sum.isfinite() for loss in losses.values())
+
+
+def test_pixels_in_half_precision_are_compared_in_fp32(tiny_config: MakeConfig) -> None:
+    task, batch, said = made(tiny_config(), ALONE).bfloat16(), given(), []
+    objective = task.objectives["masked_image"]
+    assert isinstance(objective, MaskedImage)
+    assert batch.hidden is not None
+    objective.head.register_forward_hook(lambda _, inputs, output: said.append(output.detach()))
+    loss = task(batch)["masked_image"]
+    pixels = pick(cut(task.model.image_encoder.normalize(batch.images), 16), batch.hidden)
+    assert said[0].dtype == pixels.dtype == torch.bfloat16  # else nothing was to be shown
+    assert loss.sum.dtype == torch.float32
+    torch.testing.assert_close(loss.sum, (said[0].float() - pixels.float()).abs().mean(2).sum())
 
 
 def test_nothing_waits_for_the_device(tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

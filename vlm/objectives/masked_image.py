@@ -64,7 +64,7 @@ class MaskedImage(nn.Module):
         if self.reader is not None:
             tokens = self._read(tokens, features, batch)
         predicted = exact(self.head(pick(tokens[:, encoder.prefix :], at)))
-        errors = (predicted - exact(pick(cut(pixels, self.patch), at))).abs().mean(2)
+        errors = (predicted - pick(cut(pixels, self.patch), at)).abs().mean(2)
         total = torch.where(_counted(batch)[:, None], errors, 0.0).sum()
         return Loss(total, self.count(batch))
 
