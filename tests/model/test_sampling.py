@@ -48,17 +48,16 @@ def test_sampling_follows_the_distribution_and_its_limits(tiny_decoder: Make) ->
 
 def test_sampling_honours_the_repetition_penalty(tiny_decoder: Make) -> None:
     model, count = tiny_decoder(), 4000
-    memory, ids, rules = (
-        model.memory(1),
-        torch.tensor([[2, 9]]),
-        Rules(end_id=END, max_length=1, repetition_penalty=3.0),
-    )
+    memory, ids, tolerance = model.memory(1), torch.tensor([[2, 1]]), 4 * (0.25 / count) ** 0.5
+    rules = Rules(end_id=END, max_length=1, repetition_penalty=3.0)
     logits = model.language_logits(model.decode_states(ids, memory))[0, -1]
-    for token in (2, 9):
-        logits[token] = logits[token] / 3 if logits[token] > 0 else logits[token] * 3
+    punished = logits.clone()
+    for token in (2, 1):
+        punished[token] = logits[token] / 3 if logits[token] > 0 else logits[token] * 3
+    assert (punished.softmax(0) - logits.softmax(0)).abs().max() > 3 * tolerance, "else the draws show nothing"
     out = sample(model, memory, ids.repeat(count, 1), None, rules, Policy(), torch.Generator().manual_seed(0))
     drawn = torch.bincount(torch.tensor([r.ids[0] if r.ids else END for r in out]), minlength=30) / count
-    assert (drawn - logits.softmax(0)).abs().max() < 4 * (0.25 / count) ** 0.5
+    assert (drawn - punished.softmax(0)).abs().max() < tolerance
 
 
 @pytest.mark.parametrize(
@@ -128,6 +127,16 @@ def test_all_texts_are_found_where_there_are_few(tiny_decoder: Make) -> None:
     (found,) = distinct_samples(model, memory, torch.tensor([[2]]), None, rules, policy, 20, _generators([0]))
     assert len(found) == len(chance) < 20
     assert {tuple(text.ids) for text in found} == set(chance)
+
+
+def test_distinct_samples_keep_to_the_rules(tiny_decoder: Make) -> None:
+    """All texts of one or two words, without the empty one and those that say a word twice in a row."""
+    model, words = tiny_decoder(3, vocab=6), [0, 1, 2, 4, 5]
+    memory, rules = model.memory(1), Rules(end_id=END, max_length=2, min_length=1, no_doubled=True)
+    (found,) = distinct_samples(model, memory, torch.tensor([[2]]), None, rules, Policy(), 40, _generators([0]))
+    texts = [text for n in (1, 2) for text in itertools.product(words, repeat=n)]
+    expected = {text for text in texts if all(a != b for a, b in itertools.pairwise([2, *text]))}
+    assert {tuple(text.ids) for text in found} == expected
 
 
 def test_distinct_samples_do_not_depend_on_the_batch_and_carry_the_models_scores(tiny_decoder: Make) -> None:
