@@ -75,6 +75,21 @@ def test_plain_and_fused_agree_with_gradients_in_bf16_training(monkeypatch: pyte
         torch.testing.assert_close(a, b, rtol=0.03, atol=0.03)
 
 
+def test_plain_attention_has_the_gradients_of_a_softmax_in_fp32() -> None:
+    """To half a unit in the last place of bf16, which weights that were rounded before the gradient is taken do not give.
+
+    Keys and values are the identity, and the root of 16 is a power of 2: the query's gradient is the scores' gradient by 4.
+    """
+    torch.manual_seed(0)
+    query, identity = (4 * torch.randn(2, 1, 9, 16)).bfloat16().requires_grad_(), torch.eye(16).bfloat16()
+    weights, _ = attention._plain_attention(query, identity, identity, None, 0.0)
+    given = torch.randn(weights.shape).bfloat16()
+    (found,) = torch.autograd.grad(weights, query, given)
+    p, g = (query.detach().double() / 4).softmax(-1), given.double()
+    expected = p * (g - (p * g).sum(-1, keepdim=True)) / 4
+    torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-6)
+
+
 def test_plain_only_in_bf16_training_on_the_cpu() -> None:
     query = torch.zeros(1, dtype=torch.bfloat16, requires_grad=True)
     assert attention._prefers_plain(query)
@@ -99,6 +114,12 @@ def test_masked_keys_have_no_influence_and_empty_rows_are_finite(plain: bool, mo
     assert result.isfinite().all()
     assert x.grad is not None
     assert x.grad.isfinite().all()
+
+
+def test_a_query_without_keys_may_attend_to_all() -> None:
+    mask = attention_mask(_mask([2, 0], 3), False, 1, 3, torch.device("cpu"))
+    assert mask is not None
+    assert mask[:, 0, 0].tolist() == [[True, True, False], [True, True, True]]
 
 
 def test_dropout_only_in_training() -> None:
