@@ -19,7 +19,7 @@ from vlm.data.records import Record
 from vlm.data.text import Tokenizer
 from vlm.errors import BadImage, CheckpointError, ConfigError
 from vlm.model.pretrained import load_pretrained
-from vlm.predictor import Predictor
+from vlm.predictor import Predictor, Said
 from vlm.tasks.vqa import build_vqa
 
 ANSWERS = ("yes", "no", "three", "red", "brown horse", "a blue square")
@@ -200,6 +200,22 @@ def test_answers_equal_the_task_s(
     assert [s.confidence for s in got] == pytest.approx([r["confidence"] for r in expected], rel=1e-3)
     assert len({f"{s.confidence:.4g}" for s in got}) > 6, "image and question must matter, else this shows nothing"
     assert not answers or {s.text for s in got} <= set(answers)
+
+
+def test_the_confidence_of_a_whole_list_is_the_answer_s_share_of_it(checkpoint: Callable[..., Path]) -> None:
+    """Where the checkpoint ranks all of its list; else it is the answer's own probability, as of a list of that answer alone."""
+    one = Predictor.load(checkpoint("vqa", ANSWERS), "cpu")
+
+    def ask(inference: str, answers: tuple[str, ...]) -> Said:
+        metadata = one.metadata | {"vqa": one.metadata["vqa"] | {"inference": inference}}
+        return Predictor(one.model, one.tokenizer, metadata, answers).answer(picture(), QUESTIONS[0])
+
+    alone = {answer: ask("rank", (answer,)).confidence for answer in ANSWERS}
+    best, shared = ask("rank", ANSWERS), ask("rank_all", ANSWERS)
+    assert best.text == shared.text == max(alone, key=alone.__getitem__)
+    assert best.confidence == pytest.approx(alone[best.text], rel=1e-4)
+    assert shared.confidence == pytest.approx(alone[best.text] / sum(alone.values()), rel=1e-4)
+    assert shared.confidence > 2 * best.confidence
 
 
 def test_question_marks_and_case_do_not_matter(checkpoint: Callable[..., Path]) -> None:

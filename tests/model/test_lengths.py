@@ -45,6 +45,21 @@ def test_lengths_that_are_no_multiple_none_and_no_text(lengths: list[int], longe
     assert seen == calls
 
 
+def test_a_text_is_as_long_as_its_last_token_whatever_is_masked_before_it() -> None:
+    """Answers behind questions of several lengths leave holes: a text of two tokens whose last stands at 17 runs at 24."""
+    mask = torch.zeros(3, 32, dtype=torch.bool)
+    mask[0, [0, 17]] = mask[1, [3, 4, 5]] = mask[2, [8]] = True
+    seen: list[tuple[list[int], int]] = []
+
+    def run(rows: Tensor, length: int) -> Tensor:
+        seen.append((rows.tolist(), length))
+        return torch.ones(len(rows), length, 1)
+
+    states = by_length(mask, run, worth=1)
+    assert seen == [([1], 8), ([2], 16), ([0], 24)]
+    assert states[mask].all()
+
+
 @pytest.mark.parametrize(
     ("worth", "calls"),
     [(16, [(4, 8), (2, 16), (2, 24)]), (33, [(6, 16), (2, 24)]), (80, [(6, 16), (2, 24)]), (81, [(8, 24)])],

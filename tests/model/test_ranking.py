@@ -1,5 +1,7 @@
 """Ranking a list of answers is exact: it equals scoring each answer without a cache, in any batch."""
 
+import itertools
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +35,21 @@ def test_ranking_equals_brute_force(tiny_decoder: Make, seed: int, k: int, width
         best = sorted(range(len(scores)), key=lambda i: -scores[i])[:k]
         assert [r.answer for r in results] == best
         assert [r.score for r in results] == pytest.approx([scores[i] for i in best], abs=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ranking_a_long_list_equals_scoring_all_of_it(tiny_decoder: Make, seed: int) -> None:
+    """300 random answers of 1 to 4 tokens: many prefixes are nearly as likely as the best answers, so a search that stops too early misses some."""
+    model, rng = tiny_decoder(seed), random.Random(seed)
+    drawn = (tuple(rng.randrange(4, 30) for _ in range(rng.randrange(1, 5))) for _ in range(300))
+    memory, tree = model.memory(), AnswerTree(list(dict.fromkeys(drawn)), END)
+    scores = score_answers(model, memory, PROMPTS, MASK, tree)
+    for k, width in itertools.product((1, 5), (1, 4, 16)):
+        expected = scores.topk(k, dim=1)
+        ranked = rank_answers(model, memory, PROMPTS, MASK, tree, k, width)
+        assert [[r.answer for r in results] for results in ranked] == expected.indices.tolist(), (k, width)
+        found = torch.tensor([[r.score for r in results] for results in ranked], dtype=scores.dtype)
+        torch.testing.assert_close(found, expected.values, rtol=0, atol=1e-10)
 
 
 def test_ranking_all_answers_equals_scoring_them_in_any_batch(tiny_decoder: Make) -> None:
