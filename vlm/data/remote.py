@@ -209,7 +209,7 @@ def _taken_up(shard: RemoteShard, file: int, path: Path) -> _Part:
     note = load_note(path)
     version = note.version if note else Version()
     part = _Part(file, path, os.fstat(file).st_size, shard.bytes or version.total, version)
-    if note is None or (part.total is not None and part.size > part.total):
+    if note is None:
         _cut(part, 0)
     return part
 
