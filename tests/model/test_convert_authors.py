@@ -260,7 +260,11 @@ def test_blip_captioner(vocabulary: Path, tmp_path: Path, dtype: torch.dtype, to
 def test_blip_of_questions(vocabulary: Path, tmp_path: Path, dtype: torch.dtype, tolerance: float) -> None:
     """The question begins with [ENC], the answer with [DEC]; padding of the question is not attended to."""
     model = blip("vqa", vocabulary)
-    ours = converted(BLIP, file_of(original(model), tmp_path), vocabulary, dtype).model
+    predictor = converted(BLIP, file_of(original(model), tmp_path), vocabulary, dtype)
+    ours, generation = predictor.model, predictor.generation
+    # models/blip_vqa.py: three beams, max_length 10 and min_length 1, which count the first token; here an answer has a word.
+    assert (generation.beams, generation.max_length, generation.min_length) == (3, 9, 1)
+    assert predictor.max_answer_tokens == 9
     images, ids, mask = inputs(vocabulary, dtype)
     model.to(dtype)
     tokens = model.vision_model(images).last_hidden_state
@@ -368,6 +372,25 @@ def test_albef_of_questions(vocabulary: Path, tmp_path: Path, dtype: torch.dtype
     close(ours.decode(ids[:, :4], ours.memory(states, mask, "decoder")), expected, tolerance)
 
 
+# Positions
+
+
+@pytest.mark.parametrize("family", [ALBEF, BLIP], ids=["ALBEF", "BLIP"])
+@pytest.mark.parametrize("size", [16, 64])
+def test_positions_at_another_size_are_plainly_interpolated(
+    family: Any, size: int, vocabulary: Path, tmp_path: Path
+) -> None:
+    """models/vit.py of both: bicubic, without antialiasing."""
+    state = original(blip("retrieval", vocabulary)) if family is BLIP else Albef(vocabulary).state("retrieval")
+    model = converted(family, file_of(state, tmp_path), vocabulary).model
+    model.image_encoder.resize(size)
+    first, grid = state["visual_encoder.pos_embed"].split([1, PATCHES], dim=1)
+    side = size // 16
+    plain = nn.functional.interpolate(grid.mT.reshape(1, D, 2, 2), (side, side), mode="bicubic", align_corners=False)
+    expected = torch.cat([first, plain.flatten(2).mT], 1)
+    close(model.state_dict()["image_encoder.backbone.pos_embed"], expected, 1e-6)
+
+
 # Questions
 
 
@@ -429,6 +452,7 @@ def test_a_teacher_starts_with_the_momentum_copies_and_the_queue(
         order = [*range(3, K), 0, 1, 2][-size:]
         pairs = task.teacher.queue.pairs()
         assert int(pairs.valid.sum()) == len(order)
+        assert (pairs.ids[pairs.valid] < 0).all(), "of no image that the data may have"
         newest = {tuple(row) for row in state["text_queue"].T[order].tolist()}
         assert {tuple(row) for row in pairs.text[pairs.valid].tolist()} == newest
         matching = {
@@ -575,6 +599,14 @@ def test_the_vocabulary_is_needed_and_must_fit(vocabulary: Path, tmp_path: Path,
     (tmp_path / "vocab.txt").write_text(vocabulary.read_text() + "more\n")
     assert "give the vocabulary that it was trained with" in refused("albef", file, tmp_path / "vocab.txt", capsys)
     assert "no such file" in refused("albef", file, tmp_path / "none.txt", capsys)
+    # One token too many or too few, for a model with and without [DEC] and [ENC] behind its vocabulary.
+    words = vocabulary.read_text().splitlines()
+    files = {"albef": file, "blip-original": file_of(original(blip("captioning", vocabulary)), tmp_path, "blip.pth")}
+    for changed in (words[:-1], [*words, "more"]):
+        (tmp_path / "vocab.txt").write_text("\n".join(changed) + "\n")
+        for family, model in files.items():
+            message = refused(family, model, tmp_path / "vocab.txt", capsys)
+            assert f"has {len(changed)} tokens, but the model has {len(words)}; give the vocabulary" in message
 
 
 class Evil:

@@ -26,6 +26,7 @@ from transformers import (
     BlipModel,
     BlipProcessor,
 )
+from transformers import GenerationConfig as TheirGenerationConfig
 
 from vlm.build import build_parts
 from vlm.checkpoint import write_checkpoint
@@ -34,7 +35,8 @@ from vlm.config import Config, GenerationConfig, ModelConfig
 from vlm.convert import convert_blip, convert_to_blip
 from vlm.data.text import Tokenizer, clean_question, tidy, train_wordpiece
 from vlm.errors import CheckpointError, UserError
-from vlm.model.convert.blip import VITS
+from vlm.model.convert.blip import BLIP_MODEL, VITS, from_blip_state_dict, to_blip_state_dict
+from vlm.model.convert.blip_config import from_blip_config
 from vlm.model.pretrained import load_metadata, load_pretrained
 from vlm.predictor import Predictor
 from vlm.tasks.vqa import answer_questions
@@ -207,6 +209,58 @@ def test_captions_are_equal_strings(make: Make, beams: int, prompt: str, penalti
     expected = [tidy(predictor.tokenizer.decode(row)) for row in produced[:, start.shape[1] - 1 :].tolist()]
     assert [said.text for said in predictor.caption(images)] == expected
     assert len(set(expected)) > 2
+
+
+@torch.no_grad()
+def test_positions_at_another_size_are_transformers(make: Make) -> None:
+    """Plain bicubic interpolation, not timm's, which smooths."""
+    source, model = make("captioning", width=0.1)
+    ours = converted(source).model
+    ours.image_encoder.resize(64)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    expected = model.vision_model(images, interpolate_pos_encoding=True).last_hidden_state
+    close(ours.encode_image(images).tokens, expected)
+
+
+@pytest.mark.parametrize("form", ["BlipForConditionalGeneration", "BlipForQuestionAnswering", "BlipModel"])
+def test_what_config_json_leaves_out_has_transformers_default(form: str) -> None:
+    full = json.loads(json.dumps(BlipConfig().to_dict())) | {"architectures": [form]}
+    expected = from_blip_config(full, "full")
+    assert from_blip_config({"model_type": "blip", "architectures": [form]}, "empty") == expected
+    for part in ("text_config", "vision_config"):
+        assert from_blip_config(full | {part: {}}, "half") == expected
+    # What differs from the default is read, so that the equality above says something.
+    changed = full | {"projection_dim": 24, "image_text_hidden_size": 24}
+    changed["text_config"] = full["text_config"] | {"num_attention_heads": 12, "bos_token_id": 7, "is_decoder": False}
+    changed["vision_config"] = full["vision_config"] | {"layer_norm_eps": 1e-6}
+    config = from_blip_config(changed, "changed")
+    assert (config.embed_dim, config.text.heads, config.first_token) == (24, 12, {"decoder": 7})
+    assert (config.text.cross_attention, config.image.norm_eps) == ((), 1e-6)
+
+
+@torch.no_grad()
+def test_a_model_without_cross_attention(make: Make) -> None:
+    """`is_decoder: false`: its layers read the text alone, and its folder has no weights for more."""
+    source, _ = make("model", width=0.1)
+    settings = json.loads((source / "config.json").read_text())
+    text = settings["text_config"] | {"is_decoder": False}
+    model = build("model", text, settings["vision_config"], width=0.1)
+    predictor = converted(write(model, source.with_name("alone")))
+    assert predictor.model.config.text.cross_attention == ()
+    ids, mask = encoded(predictor, TEXTS)
+    expected = model.get_text_features(ids, attention_mask=mask.long())
+    expected = getattr(expected, "pooler_output", expected)
+    close(predictor.embed_texts(TEXTS), torch.nn.functional.normalize(expected, dim=-1))
+
+
+def test_generation_config_counts_more_than_config_json(make: Make) -> None:
+    source, _ = make("captioning")
+    edit(source / "config.json", text_config__num_beams=4, text_config__repetition_penalty=1.3)
+    (source / "generation_config.json").write_text(json.dumps({"num_beams": 2}))
+    theirs = TheirGenerationConfig.from_pretrained(source)
+    ours = converted(source).generation
+    assert ours.beams == theirs.num_beams == 2
+    assert ours.repetition_penalty == 1.3  # which stands there alone
 
 
 def test_words_are_those_of_transformers_own_tokenizer(make: Make) -> None:
@@ -464,6 +518,17 @@ def test_blip_model(make: Make, dtype: torch.dtype, tolerance: float) -> None:
         predictor.match(images[0], TEXTS)
 
 
+def test_every_scale_of_the_logits_comes_back_to_the_bit(make: Make) -> None:
+    """From e to 1000; exp or log in fp32 would lose hundreds of them."""
+    source, _ = make("model")
+    content, state = json.loads((source / "config.json").read_text()), load_file(source / "model.safetensors")
+    scales = torch.linspace(1.0, 6.9, 2000)
+    config = from_blip_config(content, "test")
+    ours = from_blip_state_dict(state | {"logit_scale": scales}, BLIP_MODEL, config, "test")
+    assert ours["temperature"].dtype == torch.float32
+    assert torch.equal(to_blip_state_dict(ours, BLIP_MODEL, config)["logit_scale"], scales)
+
+
 @pytest.mark.parametrize("scale", [1.0, 1.7, 2.6592, 3.3, 4.6052, 6.9])
 def test_scale_of_the_logits_comes_back_exactly(make: Make, scale: float) -> None:
     source, _ = make("model")
@@ -642,6 +707,7 @@ def test_names_that_do_not_fit_are_told(make: Make) -> None:
         ("processor_config.json", {"image_processor__image_mean": [0.5]}, "image_mean=[0.5], image_std="),
         ("generation_config.json", {"num_beams": "3"}, "generation setting num_beams is '3', expected a number"),
         ("processor_config.json", {"image_processor__do_normalize": False}, "do_normalize is False, expected True"),
+        ("processor_config.json", {"image_processor__rescale_factor": 0.5}, "rescale_factor is 0.5, expected 0.0039"),
         ("processor_config.json", {"image_processor__size": 384}, "size is 384, but the model's images are of 32 px"),
     ],
 )
