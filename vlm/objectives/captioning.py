@@ -110,7 +110,7 @@ def sequence_loss(
     weight: Tensor,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sum of the predicted tokens' cross-entropies; how many were right; how many there were.
+    """Weighted sum of the predicted tokens' cross-entropies; how many were right; how many there were. Waits for a GPU, see `target_positions`.
 
     states: (T, L, D) causal. ids, mask: (T, L). prompt, weight: (T,).
     """
