@@ -31,7 +31,6 @@ RULES: tuple[dict[str, Any], ...] = (
     {"no_doubled": True},
     {"banned": ((5,), (9, 5), (7, 7), (11,), (30, 12, 3))},
     {"repetition_penalty": 1.3, "length_penalty": 0.5, "min_length": 3},
-    {"min_length": 2, "length_penalty": 2.0, "endings": 9.0},  # all beams would end at once, and others should go on
 )
 FAMILY: dict[str, dict[str, Any]] = {
     "shared": {},
@@ -53,10 +52,9 @@ def test_the_search_equals_that_of_the_library(
     """With the decoder's step as it is exported, run by PyTorch in fp64."""
     model = tiny_model(**FAMILY[kind])
     assert model.language_head is not None
-    settings = {"endings": 4.0, "length_penalty": 1.0, **rules}
-    length_penalty = settings.pop("length_penalty")
-    model.language_head.bias[END] += settings.pop("endings")  # texts should end, some early
-    limits = Rules(end_id=END, max_length=9, **settings)
+    model.language_head.bias[END] += 4.0  # texts should end, some early
+    length_penalty = rules.get("length_penalty", 1.0)
+    limits = Rules(end_id=END, max_length=9, **{k: v for k, v in rules.items() if k != "length_penalty"})
     tokens, memory = _Image(model, False, True)(torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8))
     start, step = [2, 7], _Decoder(model)
 
@@ -84,13 +82,28 @@ def test_a_row_with_no_token_left_ends(rule: dict[str, Any], beams: int) -> None
     )
 
 
-def test_a_whole_length_penalty_may_be_large_for_long_texts() -> None:
-    """90 to the power of 10 is more than 64 bits hold as a whole number."""
-    limits, logits = Limits(end_id=0, max_length=90, min_length=89), np.array([1.0, 3.0, 2.0], dtype=np.float32)
-    for penalty in (10, 10.0):
-        assert search(
-            lambda ids, cache: (np.tile(logits, (*ids.shape[:2], 1)), cache), [1], np.zeros((1, 1)), limits, 2, penalty
-        ) == [[1] * 90]
+def test_as_many_beams_go_on_where_others_end() -> None:
+    """The best text is B C. Behind its first word the candidates are, in this order, A and its end, A C, B and its end, B C: of the first three one
+    goes on."""
+    end, a, b, c = range(4)
+    chances = {
+        (a,): {end: 0.5, c: 0.48},
+        (b,): {end: 0.5, c: 0.45},
+        (a, c): {end: 0.25, a: 0.25, b: 0.25, c: 0.25},
+        (b, c): {end: 0.96},
+    }
+
+    def step(ids: np.ndarray, cache: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The cache is the text so far."""
+        cache = np.concatenate([cache, ids], axis=2)
+        logits = np.full((*ids.shape[:2], 4), -9.0)
+        for row, beam in np.ndindex(*ids.shape[:2]):
+            for token, chance in chances.get(tuple(cache[row, beam, 1:].tolist()), {a: 0.5, b: 0.45}).items():
+                logits[row, beam, token] = math.log(chance)
+        return logits, cache
+
+    empty = np.zeros((1, 1, 0), dtype=np.int64)
+    assert search(step, [end], empty, Limits(end_id=end, max_length=4), 2, 2.0) == [[b, c]]
 
 
 def _export(source: Path, out: Path) -> tuple[Path, Path]:

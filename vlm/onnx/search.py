@@ -47,9 +47,7 @@ class _Search:
     """
 
     def __init__(self, rows: int, limits: Limits, beams: int, length_penalty: float) -> None:
-        self.limits, self.beams = limits, beams
-        # A float, as a length to a whole power may be more than an array's integers hold.
-        self.length_penalty = float(length_penalty)
+        self.limits, self.beams, self.length_penalty = limits, beams, length_penalty
         self.tokens = np.zeros((rows, beams, 0), dtype=np.int64)
         self.scores = np.full((rows, beams), -math.inf, dtype=np.float32)
         self.scores[:, 0] = 0.0
