@@ -56,6 +56,7 @@ def test_calibration_makes_the_mean_confidence_the_accuracy_and_is_stored(
     assert found["accuracy"] == first["accuracy"]
     assert found["mean_confidence"] == pytest.approx(found["accuracy"], abs=1e-3)
     assert found["ece_uncalibrated"] == pytest.approx(first["ece"])
+    assert results["answers"]["images_calibrated_on"] == 16
     stored = load_metadata(model)["calibration"]
     assert stored["temperature"] == results["answers"]["temperature"] == stored_temperature(load_metadata(model))
     assert (stored["split"], stored["sets"], stored["questions"]) == ("val", ["scenes"], found["questions"])
@@ -81,6 +82,35 @@ def test_calibration_makes_the_mean_confidence_the_accuracy_and_is_stored(
     export([model, model], tmp_path / "mean")
     assert stored_temperature(load_metadata(tmp_path / "mean")) == 1.0
     assert not (tmp_path / "mean" / CALIBRATED_ON).exists()
+
+
+def test_calibrating_again_begins_from_the_probabilities(model: Path, tmp_path: Path) -> None:
+    """Whatever temperature is stored: the same one is found, and what was before means without any."""
+    write_scenes(tmp_path / "scenes", 8, 16)
+    found = []
+    for name in ("first", "second"):
+        evaluate(model, tmp_path / name, "--calibrate", val=tmp_path / "scenes/val")
+        found.append(load_metadata(model)["calibration"])
+    assert found[0] == found[1]
+    assert found[0]["ece_before"] > found[0]["ece"]
+
+
+def test_scores_do_not_depend_on_the_order_of_the_shards(model: Path, tmp_path: Path) -> None:
+    """Nor on who predicted what: intervals are drawn from the records in the order of their keys, in which the predictions are written."""
+    results = []
+    for name, step in (("forwards", 1), ("backwards", -1)):
+        with ShardWriter(tmp_path / name / "val", "mine") as writer:
+            for number in list(range(24))[::step]:
+                file = io.BytesIO()
+                Image.new("RGB", (32, 32), (10 * number, 0, 90)).save(file, "PNG")
+                answers = list(ANSWERS) if number % 5 < 2 else ["none of these"]
+                asked = [{"question_id": number, "question": "what color?", "answers": answers}]
+                writer.write(f"k{number:02d}", file.getvalue(), extension="png", questions=asked, image_id=number)
+        results.append(evaluate(model, tmp_path / name, val=tmp_path / name / "val"))
+        predictions = json.loads((tmp_path / name / "predictions.json").read_text())
+        assert [p["question_id"] for p in predictions] == list(range(24))
+    assert 0 < results[0]["scores"]["mine"]["accuracy"] < 100
+    assert results[0]["intervals"] == results[1]["intervals"]
 
 
 def test_scores_by_type_have_intervals_and_are_printed(

@@ -119,6 +119,19 @@ def test_leave_out_keeps_the_other_tasks_held_out_photographs_from_training(
     assert "2  training photograph that --leave-out names" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["coco", "vqa_v2"])
+def test_leave_out_takes_nothing_from_val_and_test(recipe, coco_source, tmp_path, read_shards, name):
+    """It is about what is trained on: a benchmark without some of its photographs is another one."""
+    named = tmp_path / "held.json"
+    named.write_text(json.dumps({"images": [{"id": image_id} for image_id in (3, 13, 14)]}))
+    command = ["--source", str(coco_source), "--out", str(tmp_path / "o"), "--leave-out", str(named)]
+    assert recipe(name).main(command) == 0
+    ids = _ids(read_shards, tmp_path / "o")
+    assert (ids["val"], ids["test"]) == ({13}, {14})
+    assert 3 not in ids["train"]
+    assert 4 in ids["train"]
+
+
 def test_same_photograph_same_identity_in_both_tasks(recipe, coco_source, tmp_path, read_shards):
     for name in ("coco", "vqa_v2"):
         assert recipe(name).main(["--source", str(coco_source), "--out", str(tmp_path / name)]) == 0

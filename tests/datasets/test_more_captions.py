@@ -170,6 +170,14 @@ def test_textcaps_gathers_the_captions_of_an_image(recipe, textcaps, tmp_path, r
     assert len(json.loads((out / "val_references.json").read_text())["annotations"]) == 5
 
 
+def test_textcaps_leaves_out_empty_captions(recipe, textcaps, tmp_path, read_shards, capsys):
+    rows = [{"image_id": image, "caption_str": text} for image, text in (("a0", " "), ("a0", " A cup. "), ("a1", ""))]
+    write_json(textcaps / "TextCaps_0.1_train.json", {"data": rows})
+    assert recipe("textcaps").main(_command(textcaps, tmp_path / "o")) == 0
+    assert {key: r["captions"] for key, r in read_shards(tmp_path / "o/train").items()} == {"a0": ["A cup."]}
+    assert "1  photograph without a caption or question, e.g. a1.jpg" in capsys.readouterr().out
+
+
 def test_textcaps_needs_one_of_its_files_and_names_the_other(recipe, textcaps, tmp_path, read_shards, capsys):
     (textcaps / "TextCaps_0.1_train.json").unlink()
     (textcaps / "train_images" / "a0.jpg").unlink()

@@ -57,6 +57,13 @@ def test_the_calibration_error_is_that_of_its_definition(pairs: list[tuple[float
     assert sum(b.count for b in reliability(confidences, right)) == len(pairs)
 
 
+def test_a_border_of_the_bins_belongs_to_the_range_below_it() -> None:
+    """As in its definition: (0, 1/4], (1/4, 1/2], ..., and 0 in the first."""
+    found = reliability([0.0, 0.25, 0.5, 0.5, 0.75, 1.0], [0, 0.3, 0.6, 1, 0.9, 1], bins=4)
+    assert [(b.count, b.confidence) for b in found] == [(2, 0.125), (2, 0.5), (1, 0.75), (1, 1.0)]
+    assert [b.accuracy for b in found] == pytest.approx([0.15, 0.8, 0.9, 1])
+
+
 def test_what_no_temperature_can_reach_is_refused() -> None:
     for said, right in (([0.5, 0.6], [1, 1]), ([0.5, 0.6], [0, 0]), ([1.0, 1.0, 0.2], [0.3, 0, 0]), ([0.0], [0.5])):
         with pytest.raises(ValueError, match="outside of what the mean confidence can be"):

@@ -42,6 +42,16 @@ json.dump(scores[::-1], open(found, "w"))
 """
 
 
+# Answers as METEOR's program would, and writes down how it was called.
+METEOR_STAND_IN = """#!{python}
+import sys
+open("{calls}", "w").write(" ".join(sys.argv[sys.argv.index("-jar") + 2 :]))
+for line in sys.stdin:
+    kind, *fields = line.strip().split(" ||| ")
+    print(" ".join(["1"] * len(fields)) if kind == "SCORE" else "\\n".join(["0.5"] * len(fields) + ["0.25"]), flush=True)
+"""
+
+
 @pytest.fixture
 def carried(tmp_path, monkeypatch):
     """A package with the programs' files, and a Java that is the stand-in."""
@@ -84,6 +94,15 @@ def test_a_program_that_stops_gives_one_line(carried):
     (carried.parent / "java").write_text(f"#!{sys.executable}\nimport sys; sys.exit('no such class')")
     with pytest.raises(UserError, match=r"METEOR's Java program stopped: no such class\.$"):
         java.meteor(REFERENCES, PREDICTIONS)
+
+
+def test_meteor_is_called_as_pycocoevalcap_calls_it(carried):
+    """With its options, without which the numbers would be others."""
+    calls = carried.parent / "calls"
+    (carried.parent / "java").write_text(METEOR_STAND_IN.format(python=sys.executable, calls=calls))
+    scores = java.meteor(REFERENCES, PREDICTIONS)
+    assert calls.read_text() == "- - -stdio -l en -norm"
+    assert (scores.corpus, scores.per_image) == (0.25, dict.fromkeys(REFERENCES, 0.5))
 
 
 @pytest.fixture

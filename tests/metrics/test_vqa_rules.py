@@ -1,5 +1,6 @@
 """The accuracies of TextVQA and VizWiz are those of their own evaluators, restated here; `vlm score vqa --rules` gives them."""
 
+import hashlib
 import json
 import random
 import re
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vlm.cli import main
-from vlm.metrics.vqa import CONTRACTIONS, accuracy
+from vlm.metrics.vqa import _VIZWIZ_CONTRACTIONS, CONTRACTIONS, accuracy
 
 SIGNS = [";", "/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-", ">", "<", "@", "`", ",", "?", "!"]
 NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "ten": "10"}  # and those between
@@ -83,6 +84,20 @@ def test_where_the_evaluators_differ(prediction, answers, vqa, of_textvqa, of_vi
     found = [accuracy(prediction, answers, rules) for rules in ("vqa", "textvqa", "vizwiz")]
     assert found == pytest.approx([vqa, of_textvqa, of_vizwiz])
     assert found[1:] == pytest.approx([textvqa(prediction, answers), vizwiz(prediction, answers)])
+
+
+def test_vizwiz_contractions_are_those_of_its_evaluator():
+    """All 114 that change a word in lower case, by the digest of the evaluator's own table; some of those whose apostrophes are its exceptions."""
+    table = sorted((key, word) for key, word in _VIZWIZ_CONTRACTIONS.items() if key != word)
+    digest = hashlib.sha256(json.dumps(table).encode()).hexdigest()
+    assert (len(table), digest) == (114, "1b56f4d9fb5f9d43abaf4f338e42b384cafeba26966ca23c8eaf9814b7957343")
+    for said, heard in (
+        ("whove", "who've"),
+        ("wheres", "where's"),
+        ("hadn'tve", "hadn\u2019t\u2019ve"),
+        ("whos", "who\u2019s"),
+    ):
+        assert accuracy(said, [heard] * 10, "vizwiz") == 1, said
 
 
 def test_rules_of_another_name_are_refused():

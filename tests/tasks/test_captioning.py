@@ -82,6 +82,16 @@ def test_a_record_an_image_with_all_its_references(scenes: Any, tiny_model: Call
         assert low <= found[name] <= high
 
 
+def test_distinct_is_the_share_of_different_captions(
+    scenes: Any, tiny_model: Callable[..., VisionLanguageModel]
+) -> None:
+    model = tiny_model(text={"vocab_size": scenes.tokenizer.vocab_size})
+    task = CaptioningTask(model, scenes.tokenizer, 0.1, "", GenerationConfig())
+    said = ["a dog", "a cat", "a dog", "a dog"]
+    records = [{"key": str(i), "references": ["a dog runs"], "caption": caption} for i, caption in enumerate(said)]
+    assert task.evaluate(records)["distinct"] == 50
+
+
 def test_tars_that_count_their_keys_from_the_start_again_do_not_mix_their_scores(
     scenes: Any, tiny_model: Callable[..., VisionLanguageModel]
 ) -> None:
