@@ -28,11 +28,11 @@ FINETUNING = sorted(
 OWN = ("tiny", "photos_small", "compact", "easy_vqa", "meter")
 """Recipes of models so small that their stages are built one from the other's checkpoint; METER's classifier, whose answers come from data, too."""
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith(OWN))
-STAGES = {
-    str(path.relative_to(FOLDER.parent).with_suffix("")): load_config(path)
+STAGES = [
+    str(path.relative_to(FOLDER.parent).with_suffix(""))
     for path in sorted(FOLDER.parent.rglob("*.yaml"))
     if path.stem.startswith(OWN)
-}
+]
 
 
 def offline(config: Config) -> Config:
@@ -137,7 +137,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
 
     def build(name: str) -> tuple[BuiltRun, Path]:
         if name not in known:
-            config = on_scenes(STAGES[name] if name in STAGES else load_config(FOLDER.parent / f"{name}.yaml"), root)
+            config = on_scenes(load_config(FOLDER.parent / f"{name}.yaml"), root)
             if config.init_from is not None:
                 out, checkpoint = config.init_from.rsplit("/", 1)
                 assert checkpoint in ("latest", "best")
