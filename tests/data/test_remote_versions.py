@@ -409,9 +409,18 @@ class Breaking(MemoryFileSystem):  # type: ignore[misc]
         return SimpleNamespace(read=read, seek=file.seek, close=lambda: None)
 
 
-@pytest.mark.parametrize("name", ["tagged", "untagged"])
-@pytest.mark.parametrize("changes", [False, True])
-@pytest.mark.parametrize("breaks", [False, True])
+@pytest.mark.parametrize(
+    ("name", "changes", "breaks"),
+    [
+        ("tagged", False, False),
+        ("tagged", True, False),
+        ("tagged", False, True),
+        ("tagged", True, True),
+        ("untagged", False, False),
+        ("untagged", False, True),
+        ("untagged", True, True),  # changed without a break, nothing tells of it
+    ],
+)
 def test_a_file_of_fsspec_goes_on_only_while_its_tag_is_the_same(
     cache: CacheConfig,
     contents: tuple[bytes, bytes],
@@ -438,8 +447,6 @@ def test_a_file_of_fsspec_goes_on_only_while_its_tag_is_the_same(
 
     Breaking.tag, Breaking.happens, Breaking.after, Breaking.begun = "a", staticmethod(happens), 2, []
     try:
-        if name == "untagged" and changes and not breaks:
-            pytest.skip("nothing can tell")
         want = second if changes else first
         assert content(RemoteShard(f"breaking:/{path}", len(first), cache)) == want
     finally:
