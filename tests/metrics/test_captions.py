@@ -65,6 +65,13 @@ def test_a_perfect_caption_has_bleu_and_rouge_of_one():
     assert scores.per_image[2]["ROUGE_L"] == pytest.approx(1)
 
 
+def test_an_empty_caption_is_the_longest_common_part_of_an_empty_reference():
+    """pycocoevalcap's own: both are one empty word, where punctuation was all that a reference had."""
+    scores = caption_scores({1: [".", "a cat"], 2: ["a dog"]}, {1: "", 2: ""})
+    assert {key: scores.per_image[key]["ROUGE_L"] for key in (1, 2)} == {1: 1, 2: 0}
+    assert {scores.per_image[key][name] for key in (1, 2) for name in ("Bleu_1", "CIDEr")} == {0}
+
+
 @pytest.mark.parametrize("empty", ["", "   ", "...", "!"])
 def test_an_empty_caption_scores_nothing_and_harms_no_other(empty):
     scores = caption_scores(REFERENCES, PREDICTIONS | {2: empty})
