@@ -246,6 +246,11 @@ def test_yaml_round_trip(config: Config, write: WriteYaml) -> None:
             "data.batch_size=2 is not a multiple of train.accumulate=4; use 4.",
         ),
         ("train: {accumulate: 0}", "train.accumulate=0; expected a number above 0."),
+        ("generation: {length_penalty: 400}", "length_penalty=400.0: give -10 to 10; 0 ignores the length."),
+        (
+            "generation: {repetition_penalty: 1e7}",
+            "repetition_penalty=10000000.0 must be above 0: give 1e-06 to 1e+06; 1 is none.",
+        ),
         ("train: {save_every: 0}", "train.save_every=0; expected a number above 0."),
         ("train: {epochs: .inf}", "train.epochs=inf; expected a number above 0."),
         ("optimizer: {lr: .nan}", "optimizer.lr=nan; expected a number above 0."),

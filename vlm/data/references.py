@@ -61,6 +61,8 @@ def read_image_ids(path: Path) -> set[int | str]:
     expected = "a val_questions.json, val_annotations.json or val_references.json written by a prepare.py"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
         rows = [row for part in ("images", "questions", "annotations") for row in content.get(part, [])]
         ids = {row.get("image_id", row.get("id")) for row in rows}
     except FileNotFoundError:

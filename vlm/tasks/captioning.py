@@ -1,6 +1,7 @@
 """Captioning: the decoder reads the image and continues the prompt."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,17 +30,7 @@ from vlm.tasks.task import Record, Task
 
 def generation_rules(settings: GenerationConfig, tokenizer: Tokenizer) -> Rules:
     """The settings in the form that decoding takes."""
-    if isinstance(settings.banned_words, str):
-        raise ConfigError(f"banned_words is a single text, expected several; write [{settings.banned_words!r}].")
-    return Rules(
-        end_id=tokenizer.sep_id,
-        max_length=settings.max_length,
-        min_length=min(settings.min_length, settings.max_length - 1),
-        repetition_penalty=settings.repetition_penalty,
-        no_repeat_ngram=settings.no_repeat_ngram,
-        no_doubled=settings.no_doubled_words,
-        banned=tuple(dict.fromkeys(s for words in settings.banned_words for s in spellings(tokenizer, words))),
-    )
+    return Rules.of(settings, tokenizer.sep_id, partial(spellings, tokenizer))
 
 
 def generate_captions(
