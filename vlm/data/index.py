@@ -26,6 +26,7 @@ from vlm.files import write_json
 log = logging.getLogger(__name__)
 REPLACING = "index.replacing"  # marks a folder whose shards are being replaced
 MADE_BY = "vlm ShardWriter"
+SERVER = "server"  # how the data set's server names predictions (vlm.data.official)
 GIVEN = re.compile(
     r"(https?|s3|gs|hf)://"
 )  # what an index file may name as its root: no command, no folder of this machine
@@ -150,14 +151,17 @@ def write_index(folder: str | Path, source: str | None = None) -> ShardSet:
     present = sorted(p.name for p in folder.glob("*.tar"))
     ours = is_ours(folder, present)
     found = _index_folder(folder, present, anew=True)
+    kept: dict[str, Any] = {}
     try:
-        before = _parse_index(found.root, (folder / "index.json").read_bytes())
+        content = (folder / "index.json").read_bytes()
+        before = _parse_index(found.root, content)
+        kept = {key: value for key, value in json.loads(content).items() if key == SERVER}
         found = replace(found, source=before.source, guessed=before.guessed)
     except (OSError, ValueError, KeyError, TypeError):
         before = found  # none, or one that cannot be used: it is made anew for that reason
     if source is not None:
         found = replace(found, source=source, guessed=False)
-    _write(found, {"made_by": MADE_BY} if ours else {})
+    _write(found, kept | ({"made_by": MADE_BY} if ours else {}))
     if found.source != before.source:
         log.warning(
             "%s: its source was %s and is %s now, so its images have other identities: what a checkpoint saw of them before is not found any more.",

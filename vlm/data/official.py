@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm.data.index import SERVER
 from vlm.data.prepare import read_json
 from vlm.data.references import read_image_ids
 from vlm.errors import UserError
 from vlm.files import write_json
 
 CAPTION_DATASETS = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
-SERVER = "server"  # of an index.json: `name_server_form`
 KINDS = {
     str: "a text",
     int: "a whole number",
@@ -145,7 +145,7 @@ def name_server_form(folder: Path, names: Mapping[str, str], image_ids: Mapping[
 def in_server_form(predictions: Iterable[dict[str, Any]], root: str) -> list[dict[str, Any]]:
     """Predictions in VQA's or COCO's form, in the form that the index of their shards names.
 
-    They stay as they are where it names none, as of shards that were written before, joined, or are at an address.
+    They stay as they are where it names none, as of shards that were written before, filtered, joined, or are at an address.
     """
     try:
         form = json.loads((Path(root) / "index.json").read_bytes())[SERVER]
