@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.profiler import profile
 
 from vlm.config import Config, DataConfig, GenerationConfig, ModelConfig, ObjectivesConfig, VqaConfig
 from vlm.data.batch import Batch
@@ -15,6 +16,7 @@ from vlm.data.samples import QuestionEncoder
 from vlm.data.shards import ShardWriter, load_index
 from vlm.errors import ConfigError
 from vlm.metrics.vqa import normalize_answer, vqa_scores
+from vlm.model import lengths
 from vlm.model.ranking import score_answers
 from vlm.model.vision_language import VisionLanguageModel
 from vlm.tasks.vqa import EncoderDecoderVqa, PromptedVqa, Vqa, answer_list, answer_tree, build_vqa
@@ -71,6 +73,21 @@ def test_scenes_learnt_by_heart_are_answered_rightly(
     scores = task.evaluate(records)
     assert (scores["accuracy"], scores["accuracy/yes/no"], scores["questions"]) == (100, 100, 16)
     assert task.official(records)[0] == {"question_id": 0, "answer": asked[0]["answers"][0]}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_training_step_waits_for_no_device_and_learns_what_labels_looked_up_give(
+    scenes: Any, tiny_model: Callable[..., VisionLanguageModel], monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setattr(lengths, "reads_lengths", lambda _: False)  # as on a GPU
+    task, batch = build(scenes, form, tiny_model), scenes.batch(encoder(scenes, form, True))
+    with profile() as profiled:
+        loss = task(batch)["captioning"]
+        loss.sum.backward()
+    assert not {event.name for event in profiled.events()} & {"aten::_local_scalar_dense", "aten::nonzero"}
+    looked_up = task(replace(batch, targets=None))["captioning"]
+    assert loss.count > 0
+    assert torch.equal(loss.sum, looked_up.sum)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -81,11 +81,13 @@ class Targets(_Tensors):
     """Where the tokens stand that are predicted from those before them, as `target_positions` finds them.
 
     texts: (N,), among all texts. captions, questions: (N,), among the rows `Batch.captions` and `Batch.questions`; None where these are.
+    answers: (N,), among `Batch.answers`; None where there are none.
     """
 
     texts: Tensor
     captions: Tensor | None
     questions: Tensor | None
+    answers: Tensor | None
 
 
 def behind_prompt(mask: Tensor, prompt: Tensor) -> Tensor:
@@ -101,6 +103,11 @@ def target_positions(mask: Tensor, prompt: Tensor, weight: Tensor) -> Tensor:
     """
     wanted = behind_prompt(mask, prompt) & (weight > 0)[:, None]
     return torch.arange(wanted.numel(), device=wanted.device)[wanted.flatten()]
+
+
+def answer_positions(answers: Answers, weight: Tensor) -> Tensor:
+    """As `target_positions`, of answers in texts of their own. weight: (T,), of their questions."""
+    return target_positions(answers.mask, torch.ones_like(answers.text), answers.weight * weight[answers.text])
 
 
 @dataclass(frozen=True)
@@ -148,7 +155,8 @@ class Batch(_Tensors):
         def of(rows: Tensor | None) -> Tensor | None:
             return None if rows is None else target_positions(mask[rows], prompt[rows], weight[rows])
 
-        targets = Targets(target_positions(mask, prompt, weight), of(self.captions), of(self.questions))
+        answers = None if self.answers is None else answer_positions(self.answers, weight)
+        targets = Targets(target_positions(mask, prompt, weight), of(self.captions), of(self.questions), answers)
         return replace(self, targets=targets)
 
     def to(self, device: torch.device | str) -> Self:
@@ -171,7 +179,9 @@ class Batch(_Tensors):
         masked, targets = self.masked, self.targets
         if masked is not None:
             masked = replace(masked, ids=wider(masked.ids, pad_id), positions=moved(masked.positions))
-        return replace(self, texts=texts, masked=masked, targets=None if targets is None else targets._map(moved))
+        if targets is not None:
+            targets = replace(targets._map(moved), answers=targets.answers)
+        return replace(self, texts=texts, masked=masked, targets=targets)
 
     def filled_up(self, count: int) -> "Batch":
         """The same with `count` texts: those that are missing repeat the last one, without weight, and describe nothing."""

@@ -102,20 +102,10 @@ def predicted(mask: Tensor, prompt: Tensor) -> Tensor:
 
 
 def sequence_loss(
-    model: VisionLanguageModel,
-    states: Tensor,
-    ids: Tensor,
-    mask: Tensor,
-    prompt: Tensor,
-    weight: Tensor,
-    label_smoothing: float,
+    model: VisionLanguageModel, states: Tensor, ids: Tensor, weight: Tensor, at: Tensor, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sum of the predicted tokens' cross-entropies; how many were right; how many there were. Waits for a GPU, see `target_positions`.
-
-    states: (T, L, D) causal. ids, mask: (T, L). prompt, weight: (T,).
-    """
-    found = predictions(model, states, ids, weight, target_positions(mask, prompt, weight))
-    return cross_entropy(found, label_smoothing)
+    """Weighted sum of the predicted tokens' cross-entropies; how many were right; how many there were. As `predictions`."""
+    return cross_entropy(predictions(model, states, ids, weight, at), label_smoothing)
 
 
 def predictions(model: VisionLanguageModel, states: Tensor, ids: Tensor, weight: Tensor, at: Tensor) -> Predictions:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vlm.config import Config, GenerationConfig
-from vlm.data.batch import Answers, Batch
+from vlm.data.batch import Answers, Batch, answer_positions
 from vlm.data.index import ShardSet
 from vlm.data.scan import scan
 from vlm.data.text import Tokenizer, clean_answer, tidy
@@ -195,11 +195,11 @@ class EncoderDecoderVqa(Vqa):
         answers = self._answers(batch)
         memory = self._question_memory(batch).select(answers.text)
         states = self.model.decode_states(answers.ids, memory)
-        prompt = torch.ones_like(answers.text)
-        weight = answers.weight * batch.weight[answers.text]
-        total, right, tokens = sequence_loss(
-            self.model, states, answers.ids, answers.mask, prompt, weight, self.label_smoothing
-        )
+        weights, targets = batch.weight, batch.targets
+        at = targets.answers if targets is not None else answer_positions(answers, weights)
+        assert at is not None  # the loader finds them wherever there are answers
+        weight = answers.weight * weights[answers.text]
+        total, right, tokens = sequence_loss(self.model, states, answers.ids, weight, at, self.label_smoothing)
         return {"captioning": Loss(total, answers.weight.sum(), {"accuracy": (right, tokens)})}
 
     def prompt(self, batch: Batch) -> tuple[CrossMemory, Tensor, Tensor]:
