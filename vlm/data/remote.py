@@ -126,16 +126,18 @@ def _is_good(shard: RemoteShard, path: Path, size: int) -> bool:
         return False
     if note.asked >= STARTED:
         return True
-    if note.damage:  # those who began later try again
-        return False
-    if note.version != Version():
+    if note.version != Version() or note.damage:
         try:
-            if not holds(shard.url, replace(note.version, total=size), shard.cache.timeout):
-                log.warning("%s was replaced since it was copied; it is fetched again", shard)
-                return False
+            same = holds(shard.url, replace(note.version, total=size), shard.cache.timeout)
         except (Refused, Interrupted) as error:
             log.warning("%s cannot be asked after (%s); its copy in the cache is read", shard, error)
-    Note(note.version, time.time()).save(note_of(path))
+        else:
+            if note.damage:  # a sound one may come now
+                return False
+            if not same:
+                log.warning("%s was replaced since it was copied; it is fetched again", shard)
+                return False
+    Note(note.version, time.time(), note.damage).save(note_of(path))
     return True
 
 
