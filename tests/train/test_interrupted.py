@@ -278,7 +278,9 @@ def test_a_request_while_a_run_is_set_up_leaves_with_3(
     with monkeypatch.context() as patch:
         patch.setattr("vlm.build.tokenizer_and_text", vocabulary)
         assert main(["train", str(tmp_path / "config.yaml")]) == 3
-    assert f"{number.name}: leaving before the first step" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{number.name}: leaving before the first step" in said
+    assert "nothing was begun that had to be saved" in said
     assert signal.getsignal(number) is before
 
 

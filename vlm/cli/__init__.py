@@ -142,7 +142,8 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
         train(config, resume=arguments.resume == "auto")
     except StoppedOnRequest:
         command = shlex.join(["vlm", "train", arguments.config, *overrides, "--resume", "auto"])
-        print(f"vlm: stopped on request, the state is saved; go on with: {command}", file=sys.stderr)  # noqa: T201
+        kept = "the state is saved" if Path(config.out, "latest").is_dir() else "nothing was begun that had to be saved"
+        print(f"vlm: stopped on request, {kept}; go on with: {command}", file=sys.stderr)  # noqa: T201
         return 3
     return 0
 

@@ -133,9 +133,11 @@ class Trainer:
                 clock.restart()
             if self._due() and not stopping:
                 self.evaluate()
-                self.keep()
                 clock.restart()
                 stopping = self.ranks.any(self.stop.made) and not self.finished
+                # Else what it found is kept with a later step; a run that goes on from before makes it again, which costs less.
+                if stopping or last:
+                    self.keep()
             if stopping:
                 raise StoppedOnRequest
 
