@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from vlm.config import Config
 from vlm.data.synthetic import write_scenes
 from vlm.settings import config_from_dict
 from vlm.settings_check import check
+from vlm.train.report import read_json_lines
 
 SETTINGS: dict[str, Any] = {
     "task": "captioning",
@@ -54,6 +56,29 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exact equality is promised there."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+StateAndLog = tuple[Any, list[dict[str, Any]]]
+TIMES = ("samples_per_second", "data_wait", "eta_seconds", "tflops", "memory_gib")
+
+
+@pytest.fixture(scope="session")
+def left_by() -> Callable[[Path | str], StateAndLog]:
+    """left_by(out): a run's last state, tensors as lists, and its log without what depends on the clock."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(v) for v in value]
+        return value.tolist() if isinstance(value, torch.Tensor) else value
+
+    def left(out: Path | str) -> StateAndLog:
+        state = torch.load(f"{out}/latest/training/state.pt", weights_only=True)
+        lines = read_json_lines(Path(out) / "log.jsonl")
+        return plain(state), [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+    return left
 
 
 @pytest.fixture

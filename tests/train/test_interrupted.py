@@ -26,7 +26,7 @@ from vlm.train.report import read_json_lines
 from vlm.train.stopping import StoppedOnRequest, stops_at_once
 
 MakeConfig = Callable[..., Config]
-TIMES = ("samples_per_second", "data_wait", "eta_seconds", "tflops", "memory_gib")
+LeftBy = Callable[[Path | str], tuple[Any, list[dict[str, Any]]]]
 SETTINGS: dict[str, Any] = {
     "train.deterministic": True,
     "train.averaging": 0.9,
@@ -42,26 +42,11 @@ def saved(out: Path | str) -> Any:
     return torch.load(f"{out}/latest/training/state.pt", weights_only=True)
 
 
-def plain(value: Any) -> Any:
-    """Nested states with tensors as lists."""
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    return value.tolist() if isinstance(value, torch.Tensor) else value
-
-
-def end_of(out: Path | str) -> tuple[Any, list[dict[str, Any]]]:
-    """The last state, and the log without what depends on the clock."""
-    lines = read_json_lines(Path(out) / "log.jsonl")
-    return plain(saved(out)), [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
-
-
 @pytest.fixture
-def whole(make_config: MakeConfig, tmp_path: Path) -> tuple[Any, list[dict[str, Any]]]:
+def whole(make_config: MakeConfig, left_by: LeftBy, tmp_path: Path) -> tuple[Any, list[dict[str, Any]]]:
     config = make_config({**SETTINGS, "out": str(tmp_path / "whole")})
     train(config)
-    found = end_of(config.out)
+    found = left_by(config.out)
     assert [line["step"] for line in found[1] if line["kind"] == "evaluation"] == [3, 6]
     return found
 
@@ -100,6 +85,7 @@ def term() -> None:
 def test_an_evaluation_that_ends_early_costs_nothing(
     whole: Any,
     make_config: MakeConfig,
+    left_by: LeftBy,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     number: int,
@@ -117,11 +103,11 @@ def test_an_evaluation_that_ends_early_costs_nothing(
     assert (state["step"], state["evaluated"]) == (3 * number, 3 * number - 3)
     torch.manual_seed(1234)  # another process would have other numbers
     train(config, resume=True)
-    assert end_of(config.out) == whole
+    assert left_by(config.out) == whole
 
 
 def test_an_evaluation_that_the_state_does_not_know_is_told_once(
-    whole: Any, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Any, make_config: MakeConfig, left_by: LeftBy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run ended between the line of the log and the state that knows of it."""
     config = make_config({**SETTINGS, "out": str(tmp_path / "parted")})
@@ -138,7 +124,7 @@ def test_an_evaluation_that_the_state_does_not_know_is_told_once(
             train(config)
     assert [line["kind"] for line in read_json_lines(Path(config.out) / "log.jsonl")][-1] == "evaluation"
     train(config, resume=True)
-    assert end_of(config.out) == whole
+    assert left_by(config.out) == whole
 
 
 def test_a_request_that_comes_with_the_last_batch_of_an_evaluation_is_seen(
@@ -156,6 +142,7 @@ def test_a_request_that_comes_with_the_last_batch_of_an_evaluation_is_seen(
 def test_data_that_cannot_be_read_cost_no_step(
     whole: Any,
     make_config: MakeConfig,
+    left_by: LeftBy,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -178,7 +165,7 @@ def test_data_that_cannot_be_read_cost_no_step(
     assert saved(config.out)["step"] == 5
     assert "step 5 is in" in capsys.readouterr().err
     train(config, resume=True)
-    assert end_of(config.out) == whole
+    assert left_by(config.out) == whole
 
 
 def test_data_that_cannot_be_read_at_all_leave_no_checkpoint(

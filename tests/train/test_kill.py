@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 from vlm.train.report import read_json_lines
 
-TIMES = ("samples_per_second", "data_wait", "eta_seconds", "tflops", "memory_gib")
 SETTINGS: dict[str, Any] = {
     "train.deterministic": True,
     "train.averaging": 0.9,
@@ -84,20 +83,10 @@ def server() -> Iterator[Run]:
         process.wait(60)
 
 
-def result(out: Path) -> tuple[Any, ...]:
-    """All that a run leaves: weights of both checkpoints, the whole state, and the log but for its times."""
-    weights = [load_file(out / name / "model.safetensors") for name in ("latest", "best")]
-    state = torch.load(out / "latest" / "training" / "state.pt", weights_only=True)
-    log = [{k: v for k, v in line.items() if k not in TIMES} for line in read_json_lines(out / "log.jsonl")]
-    return plain(weights), plain(state), log
-
-
-def plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    return value.tolist() if isinstance(value, torch.Tensor) else value
+def weights(out: Path) -> list[dict[str, Any]]:
+    """Those of both checkpoints, as lists."""
+    files = [load_file(out / name / "model.safetensors") for name in ("latest", "best")]
+    return [{name: tensor.tolist() for name, tensor in file.items()} for file in files]
 
 
 @pytest.mark.parametrize(
@@ -105,11 +94,16 @@ def plain(value: Any) -> Any:
     [(1, {"train.evaluate_images": 2}), pytest.param(20, TEACHER, marks=pytest.mark.slow)],
 )
 def test_killed_at_random_steps_and_resumed(
-    server: Run, configured: Callable[..., tuple[Path, Path]], kills: int, settings: dict[str, Any]
+    server: Run,
+    configured: Callable[..., tuple[Path, Path]],
+    left_by: Callable[[Path], Any],
+    kills: int,
+    settings: dict[str, Any],
 ) -> None:
+    """Weights, the whole state and the log but for its times are those of the run that nobody killed."""
     whole, whole_out = configured("whole", settings)
     assert server(whole) == 0
-    want = result(whole_out)
+    want = weights(whole_out), left_by(whole_out)
     draw = random.Random(1)
     for number in range(kills):
         at = draw.randint(1, STEPS)
@@ -122,7 +116,7 @@ def test_killed_at_random_steps_and_resumed(
             told = max(line["step"] for line in read_json_lines(out / "log.jsonl")) if at > 3 else 0
             assert told <= at
         assert server(parted) == 0
-        assert result(out) == want, f"killed in step {at}"
+        assert (weights(out), left_by(out)) == want, f"killed in step {at}"
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
