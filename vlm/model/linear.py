@@ -1,13 +1,14 @@
 """`Linear` as torch's, faster where a CPU decodes a caption: few rows, large weights.
 
-Letters: D inputs, O outputs.
+Letters: D inputs, O outputs, R rows, N blocks of the weight.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FEW = range(2, 6)  # rows; one alone is a matrix-vector product either way, and more are not safely faster turned round
+FEW = range(1, 6)  # rows; more are not safely faster turned round
+LARGE = 1 << 17  # numbers in a weight; of a smaller one, one row is not faster in blocks
 
 
 class Linear(nn.Linear):
@@ -21,24 +22,38 @@ class Linear(nn.Linear):
 def linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`: states (..., D), weight (O, D), bias (O,) or None -> (..., O).
 
-    A beam search of one image has a row a beam, and all weights are read for each token: what counts is how fast. In fp32 torch's CPU product of a
-    few rows with the weight reads it at 6 GB/s where the product of the weight with them, as columns, reads it at 18 (AMD EPYC, two threads, 3 rows;
-    benchmarks/few_rows.py).
+    A beam search of one image has a row a beam, greedy decoding one row, and all weights are read for each token: what counts is how fast. In fp32
+    torch's CPU product of three rows with the weight reads it at 6 GB/s, that of the weight with them, as columns, at 18. One row's product reads it
+    at 13 GB/s, a batched one of the weight's blocks at 28 (AMD EPYC, two threads; benchmarks/few_rows.py).
     """
-    if not _turns(states, weight) or states.numel() // states.shape[-1] not in FEW:
+    if not _chooses(states, weight) or (rows := states.numel() // states.shape[-1]) not in FEW:
         return F.linear(states, weight, bias)
-    columns = states.flatten(0, -2).t()
-    turned = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
-    return turned.t().contiguous().view(*states.shape[:-1], -1)
+    columns = states.reshape(rows, -1).t()
+    if rows > 1:
+        turned = weight @ columns if bias is None else torch.addmm(bias.unsqueeze(1), weight, columns)
+        return turned.t().contiguous().view(*states.shape[:-1], -1)
+    # Compiled, blocks lose the layout of their column, and with it more than they gain.
+    if weight.numel() < LARGE or torch.compiler.is_compiling() or (count := _blocks(len(weight))) is None:
+        return F.linear(states, weight, bias)
+    blocks, columns = weight.unflatten(0, (count, -1)), columns.expand(count, -1, -1)
+    product = blocks @ columns if bias is None else torch.baddbmm(bias.view(count, -1, 1), blocks, columns)
+    return product.view(*states.shape[:-1], -1)
 
 
-def _turns(states: Tensor, weight: Tensor) -> bool:
-    """Whether it may be turned round: fp32 on a CPU, weights of no other kind (int8), no gradient to come, no export."""
+def _blocks(outputs: int) -> int | None:
+    """Into how many equal blocks: one for each thread, two at least; where they cannot be equal a few more, or as many as there can be; None for a
+    prime number."""
+    least = max(torch.get_num_threads(), 2)
+    return next((n for n in (*range(least, 4 * least + 1), *range(least - 1, 1, -1)) if outputs % n == 0), None)
+
+
+def _chooses(states: Tensor, weight: Tensor) -> bool:
+    """Whether the way is free: fp32 on a CPU, weights of no other kind (int8), no gradient to come, no export."""
     return (
-        states.is_cpu
+        not torch.is_grad_enabled()
+        and states.is_cpu
         and states.dtype == weight.dtype == torch.float32
-        and type(weight) in (Tensor, nn.Parameter)
-        and not torch.is_grad_enabled()
+        and type(weight) in (nn.Parameter, Tensor)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_exporting()
     )
