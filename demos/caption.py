@@ -42,6 +42,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object a line: image, caption, confidence")
     parser.add_argument("--device", metavar="D", help="cpu or cuda (default: a GPU where there is one)")
     parser.add_argument("--int8", action="store_true", help="weights of 8 bits, in less memory; needs torchao")
+    parser.add_argument("--compile", action="store_true", help="compile first: for many images, above all on a GPU")
     arguments = parser.parse_args()
     for name in ("beams", "count"):
         value = getattr(arguments, name)
@@ -69,7 +70,7 @@ def caption(arguments: argparse.Namespace) -> int:
     from vlm.errors import BadImage
 
     paths = list(listed(arguments.images))
-    predictor = load(arguments.model, arguments.device, arguments.int8)
+    predictor = load(arguments.model, arguments.device, arguments.int8, arguments.compile)
     policy = {name: getattr(arguments, name) for name in POLICY if getattr(arguments, name) is not None}
     count, status = arguments.count or 1, 0
     for path in paths:
@@ -91,8 +92,8 @@ def caption(arguments: argparse.Namespace) -> int:
     return status
 
 
-def load(model: str, device: str | None, int8: bool = False) -> "Predictor":
-    """The checkpoint that a demo was given, or the one beside it; int8: with weights of 8 bits.
+def load(model: str, device: str | None, int8: bool = False, compile: bool = False) -> "Predictor":
+    """The checkpoint that a demo was given, or the one beside it; int8: with weights of 8 bits; compile: see `Predictor.load`.
 
     Raises:
         UserError: it is not there, or cannot be used.
@@ -103,7 +104,7 @@ def load(model: str, device: str | None, int8: bool = False) -> "Predictor":
         raise CheckpointError(f"{MODEL} is not there; give a checkpoint folder with --model DIR.")
     from vlm.predictor import Predictor
 
-    return Predictor.load(model, device, quantize="int8" if int8 else None)
+    return Predictor.load(model, device, quantize="int8" if int8 else None, compile=compile)
 
 
 def listed(names: list[str]) -> Iterator[str]:

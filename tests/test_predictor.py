@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from vlm.build import sample_encoder
 from vlm.checkpoint import read_answers
@@ -65,6 +67,26 @@ def test_captions_do_not_depend_on_the_batch(predictor: Predictor) -> None:
         assert [s.confidence for s in together] == pytest.approx([s.confidence for s in alone], rel=1e-4)
     drawn = [predictor.caption([image], sampled=True, seed=3)[0].text for image in images]
     assert [s.text for s in predictor.caption(images, sampled=True, seed=3, batch_size=3)] == drawn
+
+
+def test_compiled_it_says_the_same(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searched and drawn. The compiler's own backend needs a C++ compiler, and half a minute."""
+    steps = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=steps))
+    folder, images = checkpoint(), [picture(seed) for seed in range(3)]
+    plain, compiled = Predictor.load(folder, "cpu"), Predictor.load(folder, "cpu", compile=True)
+    expected = [plain.captions(images, 2), plain.captions(images, 2, sampled=True), plain.captions(images, 1, beams=1)]
+    torch._dynamo.reset()
+    assert steps.frame_count == 0
+    found = [
+        compiled.captions(images, 2),
+        compiled.captions(images, 2, sampled=True),
+        compiled.captions(images, 1, beams=1),
+    ]
+    assert steps.frame_count > 0
+    assert [[[s.text for s in texts] for texts in way] for way in found] == [
+        [[s.text for s in texts] for texts in way] for way in expected
+    ]
 
 
 def test_dropout_of_training_changes_nothing(checkpoint: Callable[..., Path]) -> None:

@@ -22,7 +22,8 @@ from vlm.data.text import Tokenizer, clean_caption, tidy
 from vlm.errors import CheckpointError, ConfigError
 from vlm.hub import local_folder
 from vlm.inputs import ImageLike, refuse_single
-from vlm.model.generation import Generated
+from vlm.model.compiled_step import CompiledDecoder
+from vlm.model.generation import Decoder, Generated
 from vlm.model.pretrained import CONFIG, TOKENIZER, load_pretrained
 from vlm.model.vision_language import TextFeatures, VisionLanguageModel
 
@@ -43,14 +44,20 @@ class Predictor:
     """A model with its tokenizer, transform and settings, ready to use."""
 
     def __init__(
-        self, model: VisionLanguageModel, tokenizer: Tokenizer, metadata: dict[str, Any], answers: Sequence[str] = ()
+        self,
+        model: VisionLanguageModel,
+        tokenizer: Tokenizer,
+        metadata: dict[str, Any],
+        answers: Sequence[str] = (),
+        compile: bool = False,
     ) -> None:
-        """metadata: config.json of the checkpoint. answers: its answer list.
+        """metadata: config.json of the checkpoint. answers: its answer list. compile: as `load`'s.
 
         Raises:
             CheckpointError: the parts do not belong together.
         """
         self.model, self.tokenizer, self.metadata, self.answers = model.eval(), tokenizer, metadata, list(answers)
+        self._decoder: Decoder = CompiledDecoder(model, model.device) if compile else model
         self.transform = EvaluationTransform(model.image_encoder.image_size)
         known = model.config.text.vocab_size
         if tokenizer.vocab_size > known:
@@ -80,11 +87,13 @@ class Predictor:
         device: str | torch.device | None = None,
         revision: str | None = None,
         quantize: str | None = None,
+        compile: bool = False,
     ) -> "Predictor":
         """From a checkpoint folder, a folder of transformers' BLIP, or a model on the hub (owner/name; see `vlm.hub.local_folder`).
 
         device: by default a GPU where there is one. revision: the hub's branch, tag or commit. quantize: "int8" keeps the linear maps' weights in
-        a quarter of the memory (see `vlm.quantize`).
+        a quarter of the memory (see `vlm.quantize`). compile: the steps of captions are compiled, and on a GPU captured as graphs, which takes half
+        a minute at the first ones (see `vlm.model.compiled_step`).
 
         Raises:
             CheckpointError: the folder is incomplete or damaged, or the hub does not give it. ConfigError: there is no such device, or kind.
@@ -100,7 +109,7 @@ class Predictor:
             from vlm.quantize import quantize as quantized
 
             model = quantized(model, quantize)
-        return cls(model, Tokenizer.load(folder), metadata, read_answers(folder))
+        return cls(model, Tokenizer.load(folder), metadata, read_answers(folder), compile)
 
     @torch.no_grad()
     def caption(
@@ -153,8 +162,8 @@ class Predictor:
         def decode(batch: Tensor) -> list[list[Generated]]:
             memory = self.model.memory(self.model.encode_image(batch).tokens, None, "decoder")
             if sampled:
-                return draw_captions(self.model, memory, self.tokenizer, words, generation, count, seed)
-            return generate_several(self.model, memory, self.tokenizer, words, generation, count)
+                return draw_captions(self.model, memory, self.tokenizer, words, generation, count, seed, self._decoder)
+            return generate_several(self.model, memory, self.tokenizer, words, generation, count, self._decoder)
 
         found = [texts for batch in self._batches(images, batch_size) for texts in decode(batch)]
         return [[Said(tidy(self.tokenizer.decode(g.ids)), g.confidence) for g in texts] for texts in found]

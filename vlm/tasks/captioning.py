@@ -18,7 +18,7 @@ from vlm.metrics.interval import bootstrap
 from vlm.metrics.ptb import tokenize_all
 from vlm.model.attention import CrossMemory
 from vlm.model.beam_search import best_texts
-from vlm.model.generation import Generated, Rules
+from vlm.model.generation import Decoder, Generated, Rules
 from vlm.model.sampling import Policy, distinct_samples, sample
 from vlm.model.vision_language import VisionLanguageModel
 from vlm.objectives.captioning import Captioning
@@ -47,10 +47,13 @@ def generate_several(
     prompt: str,
     settings: GenerationConfig,
     count: int,
+    decoder: Decoder | None = None,
 ) -> list[list[Generated]]:
-    """The `count` best captions that the search finds for each row of the images' decoder memory, best first."""
+    """The `count` best captions that the search finds for each row of the images' decoder memory, best first. decoder: takes the model's steps in its
+    place (compiled)."""
     ids, rules = caption_start(model, tokenizer, prompt, len(memory)), generation_rules(settings, tokenizer)
-    return best_texts(model, memory, ids, None, rules, settings.beams, settings.length_penalty, count=count)
+    penalty = settings.length_penalty
+    return best_texts(decoder or model, memory, ids, None, rules, settings.beams, penalty, count=count)
 
 
 def draw_captions(
@@ -61,8 +64,9 @@ def draw_captions(
     settings: GenerationConfig,
     count: int,
     seed: int,
+    decoder: Decoder | None = None,
 ) -> list[list[Generated]]:
-    """`count` captions for each row of the images' decoder memory, drawn from `seed`; several are all different.
+    """`count` captions for each row of the images' decoder memory, drawn from `seed`; several are all different. decoder: as above.
 
     Raises:
         ConfigError: a seed that torch does not take, or an unusable policy or count.
@@ -74,8 +78,8 @@ def draw_captions(
     # One generator for each image, so that its captions depend on nothing but itself and the seed.
     generators = [torch.Generator(ids.device).manual_seed(seed) for _ in ids]
     if count == 1:
-        return [[text] for text in sample(model, memory, ids, None, rules, policy, generators)]
-    return distinct_samples(model, memory, ids, None, rules, policy, count, generators)
+        return [[text] for text in sample(decoder or model, memory, ids, None, rules, policy, generators)]
+    return distinct_samples(decoder or model, memory, ids, None, rules, policy, count, generators)
 
 
 def caption_start(model: VisionLanguageModel, tokenizer: Tokenizer, prompt: str, rows: int) -> Tensor:
