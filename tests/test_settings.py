@@ -246,6 +246,13 @@ def test_yaml_round_trip(config: Config, write: WriteYaml) -> None:
             "data.batch_size=2 is not a multiple of train.accumulate=4; use 4.",
         ),
         ("train: {accumulate: 0}", "train.accumulate=0; expected a number above 0."),
+        ("generation: {temperature: 0}", "temperature=0.0, top_k=0, top_p=0.9: give 0 < temperature < inf, top_k >= 0"),
+        ("generation: {top_k: -1}", "temperature=1.0, top_k=-1, top_p=0.9: give 0 < temperature < inf, top_k >= 0"),
+        (
+            "generation: {top_p: 1.5}",
+            "temperature=1.0, top_k=0, top_p=1.5: give 0 < temperature < inf, top_k >= 0 and 0 < top_p <= 1.",
+        ),
+        ("generation: {temperature: 1e-7}", "temperature=1e-07: give 1e-06, which is as good as the likeliest token,"),
         ("generation: {length_penalty: 400}", "length_penalty=400.0: give -10 to 10; 0 ignores the length."),
         (
             "generation: {repetition_penalty: 1e7}",

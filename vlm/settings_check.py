@@ -6,7 +6,7 @@ from typing import Any
 from vlm import finetune_check
 from vlm.config import Config, DataConfig
 from vlm.errors import ConfigError
-from vlm.model.limits import Limits, check_search
+from vlm.model.limits import Limits, check_drawing, check_search
 
 ABOVE_0 = (
     *("data.batch_size", "data.shuffle_block", "data.max_answer_tokens", "tokenizer.vocab_size"),
@@ -96,8 +96,10 @@ def check(config: Config) -> None:
     _check_order(config.data)
     _check_features(config)
     # Before a training, not at its first evaluation; the words that are banned need a tokenizer.
-    Limits.of(config.generation, end_id=0, spell=lambda _: [])
-    check_search(config.generation.beams, config.generation.length_penalty)
+    said = config.generation
+    Limits.of(said, end_id=0, spell=lambda _: [])
+    check_search(said.beams, said.length_penalty)
+    check_drawing(said.temperature, said.top_k, said.top_p)
     if (config.task == "vqa" or data.questions) and "{question}" not in data.question_prompt:
         raise ConfigError(f"data.question_prompt={data.question_prompt!r} must contain {{question}}.")
     if config.init_from is None:  # else the model is the checkpoint's, and the caller checks once more

@@ -24,6 +24,8 @@ PROMPTS = torch.tensor([[2, 8, 9], [2, 7, 12]])
     ("settings", "message"),
     [
         ({"min_length": 5, "max_length": 5}, "0 <= min_length < max_length"),
+        ({"max_length": 0}, "^max_length=0: give at least 1"),
+        ({"min_length": -1, "max_length": 0}, "^max_length=0: give at least 1"),
         *(
             ({"repetition_penalty": value}, f"repetition_penalty={value} must be above 0: give 1e-06 to 1e")
             for value in (0.0, -1.0, 1e-40, math.inf, math.nan)

@@ -3,6 +3,7 @@
 Without PyTorch: `vlm.onnx` decodes without it, and must refuse what the library refuses.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Self
@@ -38,6 +39,8 @@ class Limits:
     banned: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
+        if self.max_length < 1:
+            raise ConfigError(f"max_length={self.max_length}: give at least 1, the token that ends a text.")
         if not 0 <= self.min_length < self.max_length:
             raise ConfigError(
                 f"min_length={self.min_length} and max_length={self.max_length}: give 0 <= min_length < max_length."
@@ -82,4 +85,20 @@ def check_search(beams: int, length_penalty: float) -> None:
     if not abs(length_penalty) <= LARGEST_LENGTH_PENALTY:
         raise ConfigError(
             f"length_penalty={length_penalty}: give {-LARGEST_LENGTH_PENALTY:g} to {LARGEST_LENGTH_PENALTY:g}; 0 ignores the length."
+        )
+
+
+def check_drawing(temperature: float, top_k: int, top_p: float) -> None:
+    """What texts are drawn by instead of searched.
+
+    Raises:
+        ConfigError: nothing can be drawn so.
+    """
+    if not 0 < temperature < math.inf or top_k < 0 or not 0 < top_p <= 1:
+        raise ConfigError(
+            f"temperature={temperature}, top_k={top_k}, top_p={top_p}: give 0 < temperature < inf, top_k >= 0 and 0 < top_p <= 1."
+        )
+    if not SMALLEST_DIVISOR <= temperature <= LARGEST_DIVISOR:
+        raise ConfigError(
+            f"temperature={temperature}: give {SMALLEST_DIVISOR:g}, which is as good as the likeliest token, to {LARGEST_DIVISOR:g}."
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 from vlm.errors import ConfigError
 from vlm.model.attention import CrossMemory
 from vlm.model.generation import Decoder, Generated, Rules, aligned_history, cut, decode, next_logits, read_prompt
-from vlm.model.limits import LARGEST_DIVISOR, SMALLEST_DIVISOR
+from vlm.model.limits import check_drawing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,15 +26,7 @@ class Policy:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ConfigError(
-                f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}: "
-                "give 0 < temperature < inf, top_k >= 0 and 0 < top_p <= 1."
-            )
-        if not SMALLEST_DIVISOR <= self.temperature <= LARGEST_DIVISOR:
-            raise ConfigError(
-                f"temperature={self.temperature}: give {SMALLEST_DIVISOR:g}, which is as good as the likeliest token, to {LARGEST_DIVISOR:g}."
-            )
+        check_drawing(self.temperature, self.top_k, self.top_p)
 
     @property
     def cuts(self) -> bool:
