@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import config as inductor
 
 from vlm.build import sample_encoder
 from vlm.checkpoint import read_answers
@@ -73,6 +74,7 @@ def test_compiled_it_says_the_same(checkpoint: Callable[..., Path], monkeypatch:
     """Searched and drawn. The compiler's own backend needs a C++ compiler, and half a minute."""
     steps = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=steps))
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: "g++")
     folder, images = checkpoint(), [picture(seed) for seed in range(3)]
     plain, compiled = Predictor.load(folder, "cpu"), Predictor.load(folder, "cpu", compile=True)
     expected = [plain.captions(images, 2), plain.captions(images, 2, sampled=True), plain.captions(images, 1, beams=1)]
@@ -87,6 +89,15 @@ def test_compiled_it_says_the_same(checkpoint: Callable[..., Path], monkeypatch:
     assert [[[s.text for s in texts] for texts in way] for way in found] == [
         [[s.text for s in texts] for texts in way] for way in expected
     ]
+
+
+def test_without_a_compiler_it_says_what_is_missing(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint()
+    with (
+        inductor.patch({"cpp.cxx": (None, "/no/such/compiler")}),
+        pytest.raises(ConfigError, match="C\\+\\+ compiler, and none is found; install g\\+\\+"),
+    ):
+        Predictor.load(folder, "cpu", compile=True)
 
 
 def test_dropout_of_training_changes_nothing(checkpoint: Callable[..., Path]) -> None:

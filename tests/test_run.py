@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor import config as inductor
 
 from vlm.checkpoint import read_answers
 from vlm.cli import main
@@ -109,6 +110,18 @@ def test_unusable_settings_of_questions_are_refused(
     classify = str(Path(TINY).parents[1] / "finetune/vqa/tiny_classify.yaml")
     assert main(["train", classify, *given, "--out", str(tmp_path / "run"), *more]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_compiling_without_a_compiler_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_scenes(tmp_path / "scenes", 8, 4)
+    given = ["--data.splits.train", str(tmp_path / "scenes/train"), *SMALL, "--out", str(tmp_path / "run")]
+    for dry in ([], ["--dry-run"]):
+        with inductor.patch({"cpp.cxx": (None, "/no/such/compiler")}):
+            assert main(["train", TINY, *given, "--train.compile", "True", *dry]) == 2
+        assert "torch.compile needs a C++ compiler, and none is found; install g++" in capsys.readouterr().err
+    assert not (tmp_path / "run/latest").exists()
 
 
 def write_questions(folder: Path, answered: Sequence[int] = (), bad: Sequence[int] = ()) -> str:

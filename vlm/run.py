@@ -30,6 +30,7 @@ from vlm.evaluation import evaluate_loader, named, start
 from vlm.files import replace_text
 from vlm.held_out import check_held_out, training_images
 from vlm.hub import local_folder
+from vlm.model.compiler import need_compiler
 from vlm.model.pretrained import load_metadata, restore_folder
 from vlm.order_settings import as_begun
 from vlm.samples import SampleBook
@@ -183,8 +184,10 @@ def build_run(config: Config, ranks: Ranks, heads: Sequence[Head] = ()) -> Built
     """From settings to model, task and data. heads: those of the run that goes on.
 
     Raises:
-        UserError: shards are missing, settings do not fit each other, or a held-out image was trained on.
+        UserError: shards are missing, settings do not fit each other, a held-out image was trained on, or a compiler is wanted that is not there.
     """
+    if config.train.compile:
+        need_compiler(ranks.device)
     sets = load_sets(config.data.splits.train, "data.splits.train", config.data.cache, config.data.order)
     check_sources(sets)
     held_out = [load_sets([folder], "data.splits.val", config.data.cache)[0] for folder in config.data.splits.val]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vlm.model.attention import CrossMemory
+from vlm.model.compiler import need_compiler
 from vlm.model.generation import Decoder
 from vlm.model.text_cache import TextCache
 
@@ -22,11 +23,15 @@ class CompiledDecoder:
     values are its results, and written behind it. So each number of rows is compiled once, at its first step, and on a GPU a captured graph may be
     replayed; beyond torch's limit of 8 shapes in a process steps run as they are. options: of `torch.compile`; by default mode="reduce-overhead" on
     a GPU, which captures.
+
+    Raises:
+        ConfigError: there is nothing to compile with.
     """
 
     def __init__(self, model: Decoder, device: torch.device, **options: Any) -> None:
-        if not options and device.type == "cuda":
-            options = {"mode": "reduce-overhead"}
+        if not options:
+            need_compiler(device)
+            options = {"mode": "reduce-overhead"} if device.type == "cuda" else {}
         self.model = model
         self._step: Callable[..., tuple[Tensor, Tensor]] = torch.compile(_step, dynamic=False, **options)
 

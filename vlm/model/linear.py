@@ -1,6 +1,6 @@
 """`Linear` as torch's, faster where a CPU decodes a caption: few rows, large weights.
 
-Letters: D inputs, O outputs, R rows, N blocks of the weight.
+Letters: D inputs, O outputs.
 """
 
 import torch
@@ -23,8 +23,8 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`: states (..., D), weight (O, D), bias (O,) or None -> (..., O).
 
     A beam search of one image has a row a beam, greedy decoding one row, and all weights are read for each token: what counts is how fast. In fp32
-    torch's CPU product of three rows with the weight reads it at 6 GB/s, that of the weight with them, as columns, at 18. One row's product reads it
-    at 13 GB/s, a batched one of the weight's blocks at 28 (AMD EPYC, two threads; benchmarks/few_rows.py).
+    torch's CPU product of three rows with the weight reads it at 5 GB/s, that of the weight with them, as columns, at 16. One row's product reads it
+    at 13 GB/s, a batched one of the weight's blocks at 23 (AMD EPYC, two threads; benchmarks/few_rows.py).
     """
     if not _chooses(states, weight) or (rows := states.numel() // states.shape[-1]) not in FEW:
         return F.linear(states, weight, bias)
@@ -41,8 +41,8 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _blocks(outputs: int) -> int | None:
-    """Into how many equal blocks: one for each thread, two at least; where they cannot be equal a few more, or as many as there can be; None for a
-    prime number."""
+    """Into how many equal blocks: one for each thread, two at least; where they cannot be equal a few more, or as many as there can be; None where
+    none of these divide the outputs."""
     least = max(torch.get_num_threads(), 2)
     return next((n for n in (*range(least, 4 * least + 1), *range(least - 1, 1, -1)) if outputs % n == 0), None)
 
