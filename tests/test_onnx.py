@@ -175,7 +175,7 @@ def say(exported: tuple[Path, Path], pictures: list[Image.Image]) -> Callable[..
     [
         ({"max_length": 48}, r"49 tokens do not fit max_positions=48; ask"),
         ({"prompt": "a man and " * 20}, r"tokens do not fit max_positions=48; ask"),
-        ({"max_length": 0}, "max_length=0: give 0 <= min_length < max_length"),
+        ({"max_length": 0}, "^max_length=0: give at least 1"),
         ({"min_length": -3}, "min_length=-3 .* give 0 <= min_length < max_length"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be above 0"),
         ({"repetition_penalty": -1.0}, "repetition_penalty=-1.0 must be above 0"),
