@@ -18,6 +18,7 @@ from vlm.errors import UserError
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
 TEXT_COLUMNS = ("caption", "captions", "question")
 COLUMNS = ("image", *TEXT_COLUMNS, "answer", "answers")
+TABLES = (".csv", ".tsv", ".jsonl")
 FORMS = "a .csv, .tsv or .jsonl file, or a folder of images with .txt files beside them"
 
 
@@ -153,7 +154,8 @@ def collect_folder(source: Path, left_out: LeftOut) -> dict[str, Described]:
         suffix, beside = path.suffix.lower(), path.with_suffix(".txt")
         if suffix not in SUFFIXES:
             if suffix != ".txt" and path.is_file():
-                left_out.add(f"{suffix or 'nameless'} file, not taken for an image", path.relative_to(source))
+                why = "a table is a --source of its own" if suffix in TABLES else "not taken for an image"
+                left_out.add(f"{suffix or 'nameless'} file, {why}", path.relative_to(source))
         elif beside.is_file():
             images[os.fspath(path.relative_to(source))] = Described(
                 [line.strip() for line in read_lines(beside, "your own folder")]
@@ -169,7 +171,7 @@ def prepare(args: argparse.Namespace) -> None:
         root, images = args.source, collect_folder(args.source, left_out)
     elif not args.source.exists():
         raise UserError(f"--source {args.source} is missing; expected {FORMS}")
-    elif args.source.suffix.lower() not in (".csv", ".tsv", ".jsonl"):
+    elif args.source.suffix.lower() not in TABLES:
         raise UserError(f"--source {args.source} is a {args.source.suffix or 'nameless'} file; expected {FORMS}")
     else:
         root, images = args.images or args.source.parent, collect(args.source)

@@ -175,7 +175,7 @@ def test_a_folder_says_which_files_it_passed_over(prepare, images, tmp_path, pho
     photograph(images / "e.jfif", "JPEG")
     for name in ("e", "f", "g", "h", "folder"):
         (images / f"{name}.txt").write_text("words")
-    for name in ("f.HEIC", "g.cr2", "h.CR2", "LICENCE"):
+    for name in ("f.HEIC", "g.cr2", "h.CR2", "LICENCE", "captions.csv"):
         (images / name).write_bytes(b"x")
     (images / "folder.jpg").mkdir()
     assert prepare(images, "--val-fraction", "0") == 0
@@ -183,6 +183,7 @@ def test_a_folder_says_which_files_it_passed_over(prepare, images, tmp_path, pho
     account = capsys.readouterr().out
     assert "2  .cr2 file, not taken for an image, e.g. g.cr2" in account
     assert "1  nameless file, not taken for an image, e.g. LICENCE" in account
+    assert "1  .csv file, a table is a --source of its own, e.g. captions.csv" in account
     assert "1  not a readable image file, e.g. f.HEIC" in account
     assert "1  photograph that cannot be read, e.g. folder.jpg" in account
     assert "4  image without a .txt file beside it, e.g. a.jpg" in account
