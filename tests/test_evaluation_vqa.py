@@ -66,7 +66,7 @@ def test_calibration_makes_the_mean_confidence_the_accuracy_and_is_stored(
     again = evaluate(model, tmp_path / "again", val=val, train=train)
     assert again["scores"] == results["scores"]
     assert again["answers"]["images_calibrated_on"] == 16
-    assert "fitted on 16 of these 16 images" in capsys.readouterr().err
+    assert "calibrated on 16 of these 16 images" in capsys.readouterr().err
     image = Image.new("RGB", (40, 30), "red")
     plain = Predictor.load(tmp_path / "model", "cpu")
     said = plain.answer(image, "is there a dog?")

@@ -16,12 +16,13 @@ from vlm.model.ranking import AnswerTree
 from vlm.model.vision_language import VisionLanguageModel
 from vlm.tasks.vqa import answer_questions, answer_tree
 from vlm.tasks.vqa_classify import best_answers, check_answers
+from vlm.tasks.yes_no import YesNoJudge
 
 
 @dataclass(frozen=True)
 class Answerer:
     """A model with what the checkpoint says about questions. question_prompt: of the form `prompted`. whole_list: an answer's confidence is its share
-    of the list's probability. temperature: that of the confidence."""
+    of the list's probability. temperature: that of the confidence. judge: of yes and no."""
 
     model: VisionLanguageModel
     tokenizer: Tokenizer
@@ -31,6 +32,7 @@ class Answerer:
     max_answer_tokens: int
     whole_list: bool = False
     temperature: float = 1.0
+    judge: YesNoJudge | None = None
 
     def __call__(self, image: Tensor, question: str, generation: GenerationConfig) -> tuple[str, float]:
         """Answer and confidence. image: (1, 3, H, W).
@@ -38,7 +40,8 @@ class Answerer:
         Raises:
             CheckpointError: the answer list is not the classifier's.
         """
-        tokens = self.model.encode_image(image).tokens
+        features = self.model.encode_image(image)
+        tokens = features.tokens
         if "classifier" in self.model.config.heads:
             check_answers(self.model, self.answers)
             ((text, probability),) = best_answers(self.model, self._fused(tokens, question), self.answers)
@@ -46,7 +49,7 @@ class Answerer:
             memory, start = self._prompt(tokens, question)
             mask = torch.ones_like(start, dtype=torch.bool)
             tree, answers = self._tree or (None, [])
-            ((text, probability),) = answer_questions(
+            found = answer_questions(
                 self.model,
                 self.tokenizer,
                 memory,
@@ -58,6 +61,10 @@ class Answerer:
                 self.max_answer_tokens,
                 self.whole_list,
             )
+            if self.judge is not None:
+                seen = self.judge.evidence(found, [question], features.embedding, memory, start, mask)
+                found = self.judge.decide(found, seen)
+            ((text, probability),) = found
         return text if self.answers else tidy(text), calibrated(probability, self.temperature)
 
     def prompt_ids(self, question: str) -> list[int]:

@@ -137,7 +137,7 @@ def evaluate(
         task = build_task(parts.config, parts, _answer_list(config, checkpoint)).to(ranks.device).eval()
         if quantized is not None:
             quantize(task.model, quantized)
-        answers = AnswersEvaluation(task, checkpoint, given, split, calibrate)
+        answers = AnswersEvaluation(task, parts.tokenizer, checkpoint, given, split, calibrate)
         scores: dict[str, Any] = {}
         intervals: dict[str, dict[str, tuple[float, float]]] = {}
         found: dict[str, list[Record]] = {}

@@ -10,13 +10,16 @@ from vlm.calibration import calibrated_images, store_temperature, stored_tempera
 from vlm.config import Config
 from vlm.data.index import ShardSet
 from vlm.data.scan import scan
+from vlm.data.text import Tokenizer
 from vlm.errors import ConfigError, UserError
-from vlm.metrics.baselines import fit_question_type_baseline
+from vlm.metrics.baselines import fit_question_type_baseline, majority_answer
 from vlm.metrics.calibration import calibrated, fit_temperature, reliability
 from vlm.metrics.vqa import accuracy
 from vlm.model.pretrained import load_metadata
 from vlm.tasks.task import Record, Task
+from vlm.tasks.vqa import PromptedVqa
 from vlm.tasks.vqa_task import VqaTask, by_type
+from vlm.tasks.yes_no import YesNoWeights, as_facts, fit_weights, make_judge
 from vlm.train.report import number, say
 
 PAGE = "answers.html"
@@ -25,8 +28,11 @@ PAGE = "answers.html"
 class AnswersEvaluation:
     """The answers of a checkpoint on the sets of a split. Does nothing for a task that does not answer questions."""
 
-    def __init__(self, task: Task, checkpoint: Path, given: Path, split: str, calibrate: bool) -> None:
-        """given: the checkpoint as it was named. calibrate: the temperature is fitted on these answers, and stored with the checkpoint.
+    def __init__(
+        self, task: Task, tokenizer: Tokenizer, checkpoint: Path, given: Path, split: str, calibrate: bool
+    ) -> None:
+        """given: the checkpoint as it was named. calibrate: the temperature, and what yes or no is decided by, are fitted on these answers, and
+        stored with the checkpoint.
 
         Raises:
             ConfigError: it cannot be calibrated so.
@@ -43,7 +49,10 @@ class AnswersEvaluation:
                 f"--calibrate writes into the checkpoint, and {given} is no folder of one; export it first."
             )
         if self.task is not None:
-            self.task.temperature = 1.0 if calibrate else stored_temperature(load_metadata(checkpoint))
+            metadata = load_metadata(checkpoint)
+            self.task.temperature = 1.0 if calibrate else stored_temperature(metadata)
+        if isinstance(task, PromptedVqa):
+            task.judge = make_judge(task.model, tokenizer, metadata, fitting=calibrate)
 
     def finish(
         self, records: Mapping[str, list[Record]], scores: dict[str, dict[str, Any]], main: bool
@@ -62,7 +71,8 @@ class AnswersEvaluation:
                 scores[name] |= self.task.evaluate(found)
         known = len(set(self.fitted[1])) if self.fitted else calibrated_images(self.folder, images)
         if known and main:
-            say(f"the temperature was fitted on {known} of these {len(set(images))} images: their calibration flatters")
+            more = ", and so do yes and no" if getattr(self.task, "judge", None) is not None else ""
+            say(f"calibrated on {known} of these {len(set(images))} images: their calibration flatters{more}")
         report = {name: self._report(name, found, main) for name, found in records.items()}
         return {"answers": {"temperature": self.task.temperature, "images_calibrated_on": known, "sets": report}}
 
@@ -74,10 +84,11 @@ class AnswersEvaluation:
         """
         if self.fitted is not None:
             store_temperature(self.folder, *self.fitted)
-            say(f"stored the temperature in {self.folder}")
+            say(f"stored the calibration in {self.folder}")
 
     def _calibrate(self, records: Sequence[Record], sets: Sequence[str]) -> None:
         assert self.task is not None
+        weights = self._judge_anew(records)
         before = self.task.evaluate(records)
         scored = [r for r in records if r["references"]]
         right = [accuracy(r["answer"], r["references"]) for r in scored]
@@ -100,8 +111,34 @@ class AnswersEvaluation:
             "accuracy": after["accuracy"],
             "ece_before": before["ece"],
             "ece": after["ece"],
+            **as_facts(weights),
         }
         self.fitted = (self.task.temperature, [r["image_id"] for r in scored], facts)
+
+    def _judge_anew(self, records: Sequence[Record]) -> YesNoWeights | None:
+        """Fits what yes or no is decided by, and brings the answers up to date; None where they stay the decoder's."""
+        assert self.task is not None
+        seen = [r for r in records if "evidence" in r and r["references"]]
+        wanted = [majority_answer(r["references"]) for r in seen]
+        told = [(r, answer == "yes") for r, answer in zip(seen, wanted, strict=True) if answer in ("yes", "no")]
+        if not told:
+            return None
+        seen = [r for r, _ in told]
+        weights = fit_weights([r["evidence"] for r in seen], [yes for _, yes in told], [r["image_id"] for r in seen])
+        if weights is None:
+            say(
+                f"yes or no stays the decoder's: {len(seen)} answers do not show that similarity to the image tells more"
+            )
+            return None
+        before = self.task.evaluate(seen)["accuracy"]
+        for record in (r for r in records if "evidence" in r):
+            decided = weights.decide(record["answer"], record["probability"], record["evidence"])
+            record["answer"], record["probability"] = decided
+        say(
+            f"yes or no by similarity and decoder, fitted on {len(seen)} answers, on which it flatters: accuracy {number(before)} -> "
+            f"{number(self.task.evaluate(seen)['accuracy'])}"
+        )
+        return weights
 
     def _report(self, name: str, records: Sequence[Record], main: bool) -> dict[str, Any]:
         assert self.task is not None

@@ -19,6 +19,7 @@ from torch import Tensor
 from vlm.config import GenerationConfig
 from vlm.data.images import EvaluationTransform, decode_image
 from vlm.data.text import Tokenizer, clean_caption, tidy
+from vlm.device import usable_device
 from vlm.errors import CheckpointError, ConfigError
 from vlm.hub import local_folder
 from vlm.inputs import ImageLike, refuse_single
@@ -100,7 +101,7 @@ class Predictor:
         """
         from vlm.checkpoint import read_answers
 
-        place, folder = _device(device), local_folder(source, revision)
+        place, folder = usable_device(device), local_folder(source, revision)
         model, metadata = load_pretrained(folder)
         if not (folder / TOKENIZER).exists():
             raise CheckpointError(f"{folder}: {TOKENIZER} is missing; copy the checkpoint again.")
@@ -268,6 +269,7 @@ class Predictor:
     def _answerer(self) -> "Answerer":
         from vlm.answering import Answerer
         from vlm.calibration import stored_temperature
+        from vlm.tasks.yes_no import make_judge
 
         return Answerer(
             self.model,
@@ -278,6 +280,7 @@ class Predictor:
             self.max_answer_tokens,
             (self.metadata.get("vqa") or {}).get("inference") == "rank_all",
             stored_temperature(self.metadata),
+            make_judge(self.model, self.tokenizer, self.metadata),
         )
 
     def _settings(self, changes: dict[str, Any]) -> GenerationConfig:
@@ -304,17 +307,3 @@ class Predictor:
     def _batches(self, images: Sequence[ImageLike], size: int) -> Iterator[Tensor]:
         refuse_single(images)
         return (self._tensor(images[first : first + size]) for first in range(0, len(images), size))
-
-
-def _device(wanted: str | torch.device | None) -> torch.device:
-    if wanted is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(wanted)
-        torch.zeros(1, device=place).item()
-    except (RuntimeError, AssertionError) as error:  # NotImplementedError is a RuntimeError
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"device {str(wanted)!r} cannot be used ({reason}); give cpu, or cuda where there is a GPU."
-        ) from None
-    return place

@@ -95,7 +95,7 @@ def _add_runs(commands: Commands) -> None:
     ways.add_argument(
         "--calibrate",
         action="store_true",
-        help="of answers: fit the temperature of their confidence on this split, and store it in the checkpoint",
+        help="of answers: fit the temperature of their confidence, and what yes or no is decided by, on this split, and store both in the checkpoint",
     )
     evaluate.set_defaults(run=_evaluate)
 

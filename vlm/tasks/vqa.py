@@ -24,13 +24,14 @@ from vlm.model.attention import CrossMemory
 from vlm.model.beam_search import beam_search
 from vlm.model.generation import Rules
 from vlm.model.ranking import AnswerTree, rank_answers, share
-from vlm.model.vision_language import VisionLanguageModel
+from vlm.model.vision_language import ImageFeatures, VisionLanguageModel
 from vlm.objectives.cached import CachedLoss
 from vlm.objectives.captioning import Captioning, sequence_loss
 from vlm.objectives.objective import Loss
 from vlm.tasks.task import Record
 from vlm.tasks.vqa_classify import ClassifyVqa
 from vlm.tasks.vqa_task import VqaTask
+from vlm.tasks.yes_no import YesNoJudge
 
 
 def answer_list(sets: Iterable[ShardSet], minimum: int = 1, commonest: bool = False) -> list[str]:
@@ -133,17 +134,22 @@ class Vqa(VqaTask):
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Record]:
         """One record a question: its answer, confidence and annotators' answers."""
-        answers = answer_questions(
+        return self.records(batch, self.decoded(*self.prompt(batch)))
+
+    def decoded(self, memory: CrossMemory, ids: Tensor, mask: Tensor) -> list[tuple[str, float]]:
+        """The decoder's answers to these prompts, and their probabilities."""
+        return answer_questions(
             self.model,
             self.tokenizer,
-            *self.prompt(batch),
+            memory,
+            ids,
+            mask,
             self.tree,
             self.answers,
             self.generation,
             self.max_answer_tokens,
             self.whole_list,
         )
-        return self.records(batch, answers)
 
 
 def answer_questions(
@@ -176,10 +182,30 @@ def answer_questions(
 
 
 class PromptedVqa(Vqa):
-    """The loss is captioning's: the question is the prompt, masked from the loss. Texts are (question, answer) pairs in training."""
+    """The loss is captioning's: the question is the prompt, masked from the loss. Texts are (question, answer) pairs in training.
+
+    judge: of yes and no, set by an evaluation of a checkpoint that has both witnesses.
+    """
+
+    judge: YesNoJudge | None = None
 
     def prompt(self, batch: Batch) -> tuple[CrossMemory, Tensor, Tensor]:
-        memory = self.model.memory(self.encode_image(batch.images).tokens, None, "decoder")
+        return self._prompt(self.encode_image(batch.images), batch)
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> list[Record]:
+        """One record a question; with a judge also the `evidence` for yes or no, where there is any."""
+        if self.judge is None:
+            return super().predict(batch)
+        image = self.encode_image(batch.images)
+        prompt = self._prompt(image, batch)
+        answers, asked = self.decoded(*prompt), [source["question"] for source in batch.sources]
+        evidence = self.judge.evidence(answers, asked, image.embedding[batch.texts.image], *prompt)
+        records = self.records(batch, self.judge.decide(answers, evidence))
+        return [r if seen is None else {**r, "evidence": seen} for r, seen in zip(records, evidence, strict=True)]
+
+    def _prompt(self, image: ImageFeatures, batch: Batch) -> tuple[CrossMemory, Tensor, Tensor]:
+        memory = self.model.memory(image.tokens, None, "decoder")
         return memory.select(batch.texts.image), batch.texts.ids, batch.texts.mask
 
 
