@@ -23,8 +23,10 @@ from vlm.data.walk import walk
 from vlm.errors import CheckpointError
 from vlm.export import export
 from vlm.model.pretrained import load_metadata
+from vlm.model.ranking import rank_answers
 from vlm.predictor import Predictor
-from vlm.tasks.yes_no import Evidence, YesNoWeights, fit_weights, stored_weights
+from vlm.tasks.vqa import answer_tree
+from vlm.tasks.yes_no import Evidence, YesNoWeights, fit_weights, make_judge, stored_weights
 
 CONFIG = str(Path(__file__).parents[2] / "configs/finetune/vqa/tiny.yaml")
 THINGS = ("circle", "square", "red circle", "blue square", "small circle", "big red square")
@@ -107,7 +109,7 @@ def test_damaged_weights_are_named() -> None:
 @pytest.fixture
 def model(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
     """A random model with both witnesses, that answers yes or no."""
-    made = checkpoint("pretraining", ("yes", "no"), heads=("contrastive", "language"))
+    made = checkpoint("pretraining", ("yes", "no"), "a picture of", heads=("contrastive", "language"))
     shutil.copytree(made, tmp_path / "model")
     return tmp_path / "model"
 
@@ -168,6 +170,43 @@ def test_what_the_similarity_knows_is_answered_rightly_once_calibrated(
     assert stored_weights(load_metadata(tmp_path / "one")) == stored_weights(load_metadata(model)) is not None
 
 
+def test_there_is_evidence_where_the_decoder_says_yes_or_no_and_the_question_states_something(model: Path) -> None:
+    """And it is the image's own: the same questions in another order give the same evidence in that order."""
+    predictor = Predictor.load(model, "cpu")
+    judge = make_judge(predictor.model, predictor.tokenizer, predictor.metadata, fitting=True)
+    assert judge is not None
+    assert make_judge(predictor.model, predictor.tokenizer, predictor.metadata) is None
+    asked = ["Is there a circle?", "Is there a red square?", "What is this?", "Is this a circle?"]
+    said = [("yes", 0.5), ("red", 0.5), ("no", 0.5), ("no", 0.5)]
+    colors = ("red", "blue", "green", "white")
+    with torch.no_grad():
+        features = predictor.model.encode_image(
+            torch.stack([predictor.transform(Image.new("RGB", (32, 32), color)) for color in colors])
+        )
+        memory = predictor.model.memory(features.tokens, None, "decoder")
+    ids = torch.tensor([[predictor.tokenizer.cls_id]]).repeat(4, 1)
+
+    def evidence(order: list[int]) -> list[Evidence | None]:
+        rows = torch.tensor(order)
+        parts = features.embedding[rows], memory.select(rows), ids[rows], torch.ones_like(ids[rows], dtype=torch.bool)
+        return judge.evidence([said[i] for i in order], [asked[i] for i in order], *parts)
+
+    found = evidence([0, 1, 2, 3])
+    assert [e is not None for e in found] == [True, False, False, True]
+    other = evidence([3, 2, 1, 0])
+    for one, same in ((found[0], other[3]), (found[3], other[0])):
+        assert one is not None
+        assert same is not None
+        assert (one.similarity, one.decoder) == pytest.approx((same.similarity, same.decoder), abs=1e-4)
+    tree, words = answer_tree(predictor.tokenizer, ["no", "yes"], 8)
+    ranked = rank_answers(predictor.model, memory, ids, None, tree, k=2)[3]
+    score = {words[r.answer]: r.score for r in ranked}
+    assert found[3] is not None
+    assert found[3].decoder == pytest.approx(score["yes"] - score["no"], abs=1e-3)
+    alike = predictor.embed_images([Image.new("RGB", (32, 32), "white")]) @ predictor.embed_texts(["a circle"]).T
+    assert found[3].similarity == pytest.approx(alike.item() / predictor.model.temperature.item(), abs=1e-3)
+
+
 def test_the_confidence_is_that_of_the_answer_that_is_given(model: Path, asked: Path, tmp_path: Path) -> None:
     """As the evaluation fits the temperature: after yes and no were judged."""
     evaluate(model, tmp_path / "fitted", asked, "--calibrate")
@@ -179,7 +218,7 @@ def test_the_confidence_is_that_of_the_answer_that_is_given(model: Path, asked: 
 
 
 def _records(folder: Path) -> list[Record]:
-    return [found.record for found in walk(load_index(str(folder)))]
+    return [found.record for found in walk(load_index(str(folder)), strict=True) if isinstance(found.record, Record)]
 
 
 def _wanted(folder: Path) -> list[dict[str, Any]]:
