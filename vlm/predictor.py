@@ -173,6 +173,8 @@ class Predictor:
     def answer(self, image: ImageLike, question: str, beams: int | None = None) -> Said:
         """The answer to a question about an image: by the checkpoint's classifier, the best of its answer list, exactly, or by open generation.
 
+        Yes or no is decided by the similarity of statement and image, too, where the checkpoint was calibrated so (`vlm.tasks.yes_no`).
+
         Raises:
             BadImage: the image cannot be used. CheckpointError: the checkpoint answers no questions. ConfigError: unusable beams.
         """
