@@ -1,4 +1,5 @@
-"""The temperature of a checkpoint's answers, stored in config.json, and the images that it was fitted on, in calibrated_on.safetensors."""
+"""The temperature of a checkpoint's answers, stored in config.json, and the images that it, and what decides yes or no (`vlm.tasks.yes_no`), were
+fitted on, in calibrated_on.safetensors."""
 
 import json
 import math

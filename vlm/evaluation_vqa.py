@@ -14,12 +14,12 @@ from vlm.data.text import Tokenizer
 from vlm.errors import ConfigError, UserError
 from vlm.metrics.baselines import fit_question_type_baseline, majority_answer
 from vlm.metrics.calibration import calibrated, fit_temperature, reliability
-from vlm.metrics.vqa import accuracy
+from vlm.metrics.vqa import accuracy, normalize_answer
 from vlm.model.pretrained import load_metadata
 from vlm.tasks.task import Record, Task
 from vlm.tasks.vqa import PromptedVqa
 from vlm.tasks.vqa_task import VqaTask, by_type
-from vlm.tasks.yes_no import YesNoWeights, as_facts, fit_weights, make_judge
+from vlm.tasks.yes_no import YesNoJudge, YesNoWeights, as_facts, fit_weights, make_judge
 from vlm.train.report import number, say
 
 PAGE = "answers.html"
@@ -39,6 +39,7 @@ class AnswersEvaluation:
         """
         self.task = task if isinstance(task, VqaTask) else None
         self.folder, self.split, self.calibrate = checkpoint, split, calibrate
+        self.judge: YesNoJudge | None = None
         self.fitted: tuple[float, list[int], dict[str, Any]] | None = None  # temperature, images, what else is told
         if calibrate and self.task is None:
             raise ConfigError("--calibrate is of answers to questions; give a config with task=vqa.")
@@ -51,8 +52,8 @@ class AnswersEvaluation:
         if self.task is not None:
             metadata = load_metadata(checkpoint)
             self.task.temperature = 1.0 if calibrate else stored_temperature(metadata)
-        if isinstance(task, PromptedVqa):
-            task.judge = make_judge(task.model, tokenizer, metadata, fitting=calibrate)
+            if isinstance(task, PromptedVqa):
+                self.judge = task.judge = make_judge(task.model, tokenizer, metadata, fitting=calibrate)
 
     def finish(
         self, records: Mapping[str, list[Record]], scores: dict[str, dict[str, Any]], main: bool
@@ -71,7 +72,7 @@ class AnswersEvaluation:
                 scores[name] |= self.task.evaluate(found)
         known = len(set(self.fitted[1])) if self.fitted else calibrated_images(self.folder, images)
         if known and main:
-            more = ", and so do yes and no" if getattr(self.task, "judge", None) is not None else ""
+            more = ", and so do yes and no" if self.judge is not None and self.judge.weights is not None else ""
             say(f"calibrated on {known} of these {len(set(images))} images: their calibration flatters{more}")
         report = {name: self._report(name, found, main) for name, found in records.items()}
         return {"answers": {"temperature": self.task.temperature, "images_calibrated_on": known, "sets": report}}
@@ -118,7 +119,7 @@ class AnswersEvaluation:
     def _judge_anew(self, records: Sequence[Record]) -> YesNoWeights | None:
         """Fits what yes or no is decided by, and brings the answers up to date; None where they stay the decoder's."""
         assert self.task is not None
-        seen = [r for r in records if "evidence" in r and r["references"]]
+        seen = [r for r in records if "evidence" in r and any(map(normalize_answer, r["references"]))]
         wanted = [majority_answer(r["references"]) for r in seen]
         told = [(r, answer == "yes") for r, answer in zip(seen, wanted, strict=True) if answer in ("yes", "no")]
         if not told:
@@ -130,6 +131,8 @@ class AnswersEvaluation:
                 f"yes or no stays the decoder's: {len(seen)} answers do not show that similarity to the image tells more"
             )
             return None
+        assert self.judge is not None
+        self.judge.weights = weights
         before = self.task.evaluate(seen)["accuracy"]
         for record in (r for r in records if "evidence" in r):
             decided = weights.decide(record["answer"], record["probability"], record["evidence"])

@@ -150,7 +150,9 @@ def test_what_the_similarity_knows_is_answered_rightly_once_calibrated(
     before = evaluate(model, tmp_path / "before", asked)
     assert stored_weights(load_metadata(model)) is None
     fitted = evaluate(model, tmp_path / "fitted", asked, "--calibrate")
-    assert "yes or no by similarity and decoder, fitted on 60 answers" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "yes or no by similarity and decoder, fitted on 60 answers" in printed
+    assert "their calibration flatters, and so do yes and no" in printed
     right = {p["question_id"]: p["answer"] for p in _wanted(asked)}
     assert sum(fitted[n] == right[n] for n in range(60)) >= 57 > sum(before[n] == right[n] for n in range(60))
     # A question that states nothing keeps the decoder's answer.
@@ -223,6 +225,28 @@ def _records(folder: Path) -> list[Record]:
 
 def _wanted(folder: Path) -> list[dict[str, Any]]:
     return [{"question_id": q["question_id"], "answer": q["answers"][0]} for r in _records(folder) for q in r.questions]
+
+
+@pytest.mark.parametrize("answer", ["one answer", "no word"])
+def test_where_nothing_can_be_fitted_yes_and_no_stay_the_decoder_s_and_no_flattery_is_claimed(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], answer: str
+) -> None:
+    """All yes, or, at some questions, answers of which the official normalisation leaves nothing."""
+    chance = random.Random(2)
+    with ShardWriter(tmp_path / "val", "mine") as writer:
+        for number in range(30):
+            file = io.BytesIO()
+            Image.new("RGB", (32, 32), tuple(chance.randrange(256) for _ in range(3))).save(file, "PNG")
+            given = "." if answer == "no word" and number < 20 else "yes"
+            asked = [{"question_id": number, "question": "Is there a circle?", "answers": [given] * 10}]
+            wrong = {"question_id": 100 + number, "question": "what color is it?", "answers": ["red"] * 10}
+            writer.write(f"k{number}", file.getvalue(), extension="png", questions=[*asked, wrong], image_id=number)
+    before = evaluate(model, tmp_path / "before", tmp_path / "val")
+    assert evaluate(model, tmp_path / "after", tmp_path / "val", "--calibrate") == before
+    printed = capsys.readouterr().err
+    assert "yes or no stays the decoder's" in printed
+    assert "so do yes and no" not in printed
+    assert stored_weights(load_metadata(model)) is None
 
 
 def test_a_checkpoint_without_a_contrastive_head_keeps_its_answers(

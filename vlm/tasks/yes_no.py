@@ -127,7 +127,7 @@ class YesNoJudge:
     ) -> list[tuple[str, float]]:
         """The answers with their probabilities, judged anew where there is evidence, and weights."""
         return [
-            (*answer,) if seen is None or self.weights is None else self.weights.decide(*answer, seen)
+            answer if seen is None or self.weights is None else self.weights.decide(*answer, seen)
             for answer, seen in zip(answers, evidence, strict=True)
         ]
 
